@@ -212,6 +212,10 @@ def test_secrets_that_were_never_planted_are_hardly_ever_called_remembered() -> 
     drawn = np.random.default_rng(0)
     found = [judge_canaries(drawn.normal(size=len(COPIES) + REFERENCES), None, 1) for _ in range(300)]
     assert [attack.word for attack in found].count(YES) <= 6, "of 300"
+    # As rare as it says, though it is the rarer of two looks.
+    told = [float(attack.found["chance"]) for attack in found]  # type: ignore[arg-type]
+    for chance in (0.05, 0.1, 0.2):
+        assert np.mean([one < chance for one in told]) <= chance + 0.05
     exposures = [one for attack in found for one in attack.found["exposures"]]  # type: ignore[union-attr]
     assert np.mean(exposures) == pytest.approx(np.log2(np.e), abs=0.1), "of what was not planted"
 
@@ -241,6 +245,10 @@ def test_what_is_written_of_others_too_was_not_learnt_from_members() -> None:
     after = type(sent.start)(sent.start.layout, sent.start.weights_P + sent.change_P)
     found = repeat_verbatim(adapted, sent.start, after, document, join_blocks([document, document]))
     assert found.word == TOO_FEW
+    members, others = (join_blocks([document, random_blocks(number, 48, seed=4)]) for number in (1, 2))
+    found = repeat_verbatim(adapted, sent.start, after, members, others)
+    assert (found.found["repeated"], found.found["repeated_others"]) == (1, 1)
+    assert found.word == TOO_FEW, "of 2 members is no more than of 3 others, but by chance"
 
 
 def test_enough_documents_of_which_none_is_repeated_are_a_no() -> None:

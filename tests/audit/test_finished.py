@@ -129,6 +129,20 @@ def test_a_run_on_other_documents_is_refused(finished: Path, tmp_path: Path) -> 
         audit_run(tmp_path / "run", Observer())
 
 
+@pytest.mark.parametrize("window", ["blocks", "pack"])
+def test_a_document_of_several_blocks_or_of_a_part_of_one_counts_once(window: str, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts", random_texts(50, length=20))
+    data = {
+        "source": str(texts), "max_length": 14 if window == "blocks" else 44, "window": window,
+        "clients": 2, "documents_per_client": 15, "client_holdout": 0.4, "central_holdout": 20,
+    }  # fmt: skip
+    run(recipe_on(texts, data=data, federation={"rounds": 1}), tmp_path / "run", Observer())
+    record, plan = audit_run(tmp_path / "run", Observer()), read_run(tmp_path / "run").plan
+    for client in "01":
+        found, held = record["clients"][client][0]["found"], plan["clients"][int(client)]
+        assert (found["members"], found["others"]) == (held["train_documents"], held["holdout_documents"] + 20)
+
+
 def test_a_run_with_too_few_documents_is_refused(tmp_path: Path) -> None:
     run(make_recipe(data={"documents_per_client": 3}, federation={"rounds": 1}), tmp_path / "run", Observer())
     with pytest.raises(RunError, match="no client has 4 documents"):

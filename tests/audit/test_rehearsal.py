@@ -194,6 +194,14 @@ def test_whatever_a_recipe_trains_is_attacked(sections: dict[str, Any], tmp_path
     assert build_page(record).sections
 
 
+def test_a_document_of_several_blocks_counts_once(tmp_path: Path) -> None:
+    """Its blocks tell of each other, so they would make few documents look like many."""
+    window = {"max_length": 12, "documents_per_client": 16, "window": "blocks"}
+    attacks = attacks_of(rehearsed(tmp_path, data=window, federation={"rounds": 1}))
+    for name in ("alignment", "loss"):
+        assert (attacks[name]["found"]["members"], attacks[name]["found"]["others"]) == (8, 8)
+
+
 def test_too_few_documents_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"at least 8 that differ are needed.*documents_per_client"):
         rehearsed(tmp_path, 7, data={"max_length": 44, "documents_per_client": 7, "client_holdout": 0.0})

@@ -13,6 +13,7 @@ from fedloom.data.tokens import (
     TokenBlocks,
     check_vocabulary,
     count_copies,
+    join_blocks,
     take_batch,
     tokenize_documents,
     without_copies,
@@ -252,6 +253,16 @@ def test_the_order_of_a_units_texts_counts_for_nothing() -> None:
 def test_the_first_block_of_each_unit_is_found() -> None:
     assert tokenize_units(["abcd", "efgh", "ij"], ["ann", "bob", "ann"]).firsts.tolist() == [0, 1]
     assert tokenize_units(["abcd", "efgh"], [None, None]).firsts.tolist() == [0, 1]
+
+
+def test_joined_blocks_keep_their_units_apart() -> None:
+    of_two = tokenize_units(["abcd", "efgh", "ij"], ["ann", "bob", "ann"])
+    of_none = of_two.take(torch.zeros(0, dtype=torch.int64))
+    alone = tokenize_units(["abcd", "efgh"], [None, None])
+    assert join_blocks([of_two, of_none, of_two, alone]).owners.unique(return_inverse=True)[1].tolist() == [
+        0, 1, 0, 2, 3, 2, 4, 5,
+    ]  # fmt: skip
+    assert join_blocks([alone, alone]).units_N is None
 
 
 def test_units_that_have_one_text_in_common_stay_whole() -> None:

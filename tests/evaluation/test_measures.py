@@ -56,6 +56,16 @@ def test_values_that_are_all_the_same_have_the_interval_of_a_share() -> None:
     assert mean([0.4, 0.5]).interval.startswith("bootstrap")
 
 
+def test_a_group_whose_values_are_all_the_same_is_not_taken_for_certain_beside_others() -> None:
+    others = [0.0, 1.0] * 200
+    found, alone = mean([0.0] * 10, others), mean([0.0] * 10)
+    assert found.value == 0.25
+    # The few questions of the first are what nobody knows: their own interval, halved, is most of it.
+    assert found.high - found.value == pytest.approx(alone.high / 2, rel=0.05)
+    assert found.high > bootstrap([0.0] * 10, others)[1] + 0.1
+    assert found.interval.startswith("bootstrap")
+
+
 def test_the_same_but_for_white_space() -> None:
     assert is_same(" yes\n", ["no", "yes"]) == 1
     assert is_same("Yes", ["yes"]) == 0

@@ -91,9 +91,10 @@ def judge_canaries(gains: Array, terms: Terms | None, rounds: int) -> Attack:
         -math.log2(max(0.5 * math.erfc((one - others.mean()) / spread / math.sqrt(2)), 1e-300)) for one in planted
     ]
     copies = np.array(COPIES)
-    chance = min(chance_of(planted[copies == number], others) for number in sorted(set(COPIES)))
-    # Two looks, at those planted once and at those planted often, each at half the probability.
-    word = YES if chance < UNLIKELY / len(set(COPIES)) else TOO_FEW
+    looks = [chance_of(planted[copies == number], others) for number in sorted(set(COPIES))]
+    # Two looks, at those planted once and at those planted often: that of either is twice as large (Bonferroni).
+    chance = min(1.0, len(looks) * min(looks))
+    word = YES if chance < UNLIKELY else TOO_FEW
     apart = measure_auc(planted, others)
     if word == TOO_FEW and apart.high < APART:
         word = NO

@@ -41,4 +41,5 @@ def attack_client(
         judge_scores(name, values[: len(members)], values[len(members) :], terms, rounds, clients)
         for name, values in scores.items()
     )
-    return first, second, repeat_verbatim(adapted, sent[0].start, after, members, others, watch=watch)
+    repeated = repeat_verbatim(adapted, sent[0].start, after, members, others, clients=clients, watch=watch)
+    return first, second, repeated

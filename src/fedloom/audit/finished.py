@@ -18,13 +18,14 @@ from fedloom.audit.canaries import no_canaries
 from fedloom.audit.client import attack_client
 from fedloom.audit.leaked_tokens import read_tokens
 from fedloom.audit.record import describe, describe_terms
-from fedloom.data.tokens import TokenBlocks, join_blocks
+from fedloom.data.tokens import ClientBlocks, TokenBlocks, join_blocks
 from fedloom.errors import RunError
-from fedloom.experiment.building import load_adapted_model, tokenize_for
+from fedloom.experiment.building import load_adapted_model
 from fedloom.experiment.central import set_run_terms
 from fedloom.experiment.preparation import Material, gather, prepare
 from fedloom.experiment.private import set_client_terms
 from fedloom.experiment.session import identify
+from fedloom.experiment.tokenizing import tokenize_splits
 from fedloom.handover.finished_run import open_recorded, recipe_of
 from fedloom.monitoring.observer import Observer
 from fedloom.recipe.recipe import Recipe
@@ -115,19 +116,24 @@ def _describe_central(recipe: Recipe, plan: Mapping[str, Any], rounds: int) -> d
 
 def choose_clients(recipe: Recipe, material: Material) -> dict[int, tuple[TokenBlocks, TokenBlocks]]:
     """Return the clients that are looked at, in order, each with what it trained on and what is held out of it."""
-    held = {
-        client: (_texts_of(recipe, material, client), join_blocks([blocks.holdout, material.central]))
-        for client, blocks in enumerate(material.clients)
-    }
-    able = [client for client, parts in held.items() if min(map(len, parts)) >= FEWEST]
-    return {client: held[client] for client in sorted(sorted(able, key=lambda one: -len(held[one][0]))[:MOST_CLIENTS])}
+    central, clients = _texts_of(recipe, material)
+    held = {client: (own.train, join_blocks([own.holdout, central])) for client, own in enumerate(clients)}
+    able = [client for client, parts in held.items() if min(part.num_units for part in parts) >= FEWEST]
+    chosen = sorted(able, key=lambda one: -held[one][0].num_units)[:MOST_CLIENTS]
+    return {client: held[client] for client in sorted(chosen)}
 
 
-def _texts_of(recipe: Recipe, material: Material, client: int) -> TokenBlocks:
-    """Return what a client trained on, each text by itself also where it was packed."""
-    if recipe.data.window != "pack":
-        return material.clients[client].train
-    return tokenize_for(material.source, recipe, material.splits.clients[client].train)
+def _texts_of(recipe: Recipe, material: Material) -> tuple[TokenBlocks, Sequence[ClientBlocks]]:
+    """Return the central hold-out and what clients hold: each document told from others where it has several blocks,
+    and each by itself where it was packed.
+    """
+    data = recipe.data
+    if data.window == "truncate":
+        return material.central, material.clients
+    alone = data.model_copy(update={"window": "truncate"}) if data.window == "pack" else data
+    told = recipe.model_copy(update={"data": alone})
+    central, clients, _ = tokenize_splits(material.splits, material.source, told, units=True)
+    return central, clients
 
 
 def kept_adapters(run: Run) -> list[tuple[int, Path]]:

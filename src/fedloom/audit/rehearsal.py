@@ -122,7 +122,7 @@ def gather_halves(recipe: Recipe, path: Path, policy: Policy, key: bytes) -> Hal
     """
     held = gather_client(recipe, path, policy)
     documents = halve([*held.documents.train, *held.documents.holdout], key)
-    members, others = (tokenize_for(held.source, recipe, half) for half in documents)
+    members, others = (tokenize_for(held.source, recipe, half, units=True) for half in documents)
     if min(members.num_units, others.num_units) < FEWEST // 2:
         there = count_units(recipe.privacy.unit if recipe.privacy else DOCUMENT, members.num_units + others.num_units)
         raise DataError(

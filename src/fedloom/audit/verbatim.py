@@ -29,17 +29,21 @@ def repeat_verbatim(
     members: TokenBlocks,
     others: TokenBlocks,
     *,
+    clients: int = 1,
     watch: Watch = ignore,
 ) -> Attack:
-    """Return how many members a trained model repeats, which it did not before, and how many of the others."""
+    """Return how many members of one of so many clients a trained model repeats, which it did not before, and how many
+    of the others.
+    """
     long = [blocks.take(blocks.widths >= PROMPT + REPEATED) for blocks in (members, others)]
     if not len(long[0]):
         return not_tried(VERBATIM, f"no document has {PROMPT + REPEATED} tokens")
     repeated, of_others = (count_repeated(adapted, before, after, blocks, watch=watch) for blocks in long)
-    share = measure_share(repeated, len(long[0]))
-    # What is written of others as well was not learnt from the members: headers that all documents have, say.
-    own = share.value > (of_others / len(long[1]) if len(long[1]) else 0.0)
-    word = YES if own else NO if share.high < RECOGNISED else TOO_FEW
+    share = measure_share(repeated, len(long[0]), clients)
+    # What is written of others as well was not learnt from the members (headers that all documents have, say), unless
+    # it is of so many more of the members that chance does not explain it.
+    most = measure_share(of_others, len(long[1]), clients).high if of_others else 0.0
+    word = YES if share.low > most else NO if share.high < RECOGNISED else TOO_FEW
     found = {"repeated": repeated, "members": len(long[0]), "repeated_others": of_others, "others": len(long[1])}
     return Attack(VERBATIM, word, {**found, **interval("share", share)})
 

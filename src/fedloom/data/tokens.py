@@ -158,7 +158,11 @@ class Batch:
 
 
 def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
-    """Join the blocks of several into one, in their order; all of them are packed, or none is."""
+    """Join the blocks of several into one, in their order; all of them are packed, or none is. No unit is in two."""
+    owners, behind = [], 0
+    for part in parts:
+        owners.append(part.owners + behind)
+        behind += int(part.owners.max()) + 1 if len(part) else 0
     texts = [part.texts_NT for part in parts if part.texts_NT is not None]
     assert len(texts) in (0, len(parts)), "packed blocks beside others"
     return TokenBlocks(
@@ -170,6 +174,7 @@ def join_blocks(parts: Sequence[TokenBlocks]) -> TokenBlocks:
         cut=sum(part.cut for part in parts),
         cut_tokens=sum(part.cut_tokens for part in parts),
         texts_NT=torch.cat(texts) if texts else None,
+        units_N=torch.cat(owners) if any(part.units_N is not None for part in parts) else None,
     )
 
 

@@ -26,6 +26,7 @@ SEARCH_SECONDS, SECONDS_A_TEXT = 30.0, 0.1
 """Time that a pattern has, and more for each text that it is looked for in."""
 WILSON = "Wilson, 95 %"
 BOOTSTRAP = f"bootstrap of {RESAMPLES:,} resamples with seed 0, 95 %"
+OF_BOTH = f"{BOOTSTRAP}, and Wilson's of tasks whose answers all count the same"
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,14 @@ def mean(*groups: Sequence[float]) -> Measure:
     """Return the mean of the groups' means, with a bootstrap within each (Efron 1979): percentiles of resamples.
 
     Resamples of values that are all the same tell nothing of others; there, the interval is Wilson's. No mean of values
-    from 0 to 1 varies more than a share does, so it is rather too wide.
+    from 0 to 1 varies more than a share does, so it is rather too wide. Where some groups alone are so, each has its
+    own interval, and those are joined.
     """
     value = sum(sum(values) / len(values) for values in groups) / len(groups)
-    if all(min(values) == max(values) for values in groups):
+    same = sum(min(values) == max(values) for values in groups)
+    if 0 < same < len(groups):
+        (low, high), interval = _join_intervals(groups), OF_BOTH
+    elif same:
         weight = len(groups) ** 2 / sum(1 / len(values) for values in groups)
         (low, high), interval = wilson(value * weight, weight), WILSON
     else:
@@ -91,6 +96,17 @@ def bootstrap(*groups: Sequence[float]) -> tuple[float, float]:
         means += torch.stack(drawn) / len(groups)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def _join_intervals(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the interval of the mean of k groups' means mᵢ from each one's own (Zou and Donner 2008): its low end is
+    m − √(Σ (mᵢ − lᵢ)²) / k.
+    """
+    means = [sum(values) / len(values) for values in groups]
+    ends = [wilson(sum(values), len(values)) if min(values) == max(values) else bootstrap(values) for values in groups]
+    below, above = (math.hypot(*(mean - of[end] for mean, of in zip(means, ends, strict=True))) for end in (0, 1))
+    middle = sum(means) / len(means)
+    return middle - below / len(means), middle + above / len(means)
 
 
 def is_same(said: str, answers: Sequence[str]) -> float:

@@ -141,8 +141,12 @@ def adapt(base: PreTrainedModel, recipe: Recipe, source: ModelSource) -> Adapted
     )
 
 
-def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Document]) -> TokenBlocks:
+def tokenize_for(
+    source: ModelSource, recipe: Recipe, documents: Sequence[Document], *, units: bool = False
+) -> TokenBlocks:
     """Return documents as a base model sees them, each a block of its own or several.
+
+    Blocks know their unit, as in `tokenize_documents`, with `units` and where the recipe bounds what is told of one.
 
     Raises:
         DataError: the tokenizer is not the model's, or there is no room for the blocks.
@@ -150,7 +154,7 @@ def tokenize_for(source: ModelSource, recipe: Recipe, documents: Sequence[Docume
     """
     # Before anything has that length. A server's own look at it is no reason for a client to believe it.
     check_length(recipe.data.max_length, source)
-    blocks = tokenize_documents(documents, source.tokenizer, recipe.data, units=recipe.bounds_documents)
+    blocks = tokenize_documents(documents, source.tokenizer, recipe.data, units=units or recipe.bounds_documents)
     check_vocabulary(blocks.tokens_NT, source.tokenizer, source.vocabulary_size)
     return blocks
 

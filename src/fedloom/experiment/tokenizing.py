@@ -15,14 +15,16 @@ from fedloom.records.plan import TOO_SHORT, UNANSWERED
 
 
 def tokenize_splits(
-    splits: Splits, source: ModelSource, recipe: Recipe
+    splits: Splits, source: ModelSource, recipe: Recipe, *, units: bool = False
 ) -> tuple[TokenBlocks, tuple[ClientBlocks, ...], int]:
     """Return blocks of the central hold-out and of every client, and how many training blocks are also held out.
+
+    With `units`, the blocks know their unit, as in `tokenize_for`.
 
     Raises:
         DataError: the central hold-out's documents are all too short, or the tokenizer is not the model's.
     """
-    tokenize = partial(tokenize_for, source, recipe)
+    tokenize = partial(tokenize_for, source, recipe, units=units)
     where = f'data.source = "{recipe.data.source}"'
     central, holdouts = tokenize(splits.central), [tokenize(client.holdout) for client in splits.clients]
     if splits.central and not len(central):

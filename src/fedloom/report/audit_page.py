@@ -336,7 +336,8 @@ def _how(record: Record) -> list[Block]:
             "Yes, where the whole 95 % interval says so: an AUC above 0.6, or more than 5 % of the members above all"
             " but 1 % of at least 100 others; codes that come first by less than 1 % of chance; a word read for"
             " certain, or words ranked better than by a random guess by 0.1; a document that is repeated where others"
-            " are not. No, where it says the opposite (for codes an AUC below 0.75, for repeated documents fewer than"
+            " are not, or fewer by more than chance. No, where it says the opposite (for codes an AUC below 0.75, for"
+            " repeated documents fewer than"
             " 5 %). Otherwise too few documents to say. Intervals: Hanley and McNeil 1982, Clopper and Pearson 1934."
         ),
     ]
