@@ -103,6 +103,8 @@ SWEEP = "sweep.json"
 MEND = "see what else is: fedloom fsck RUN"
 LOSSES = ("central_loss", "judged_loss", "client_loss")
 """Keys of a round's record with the loss that adapters are judged by: the first that it has. Round 0 has one."""
+BEGUN = ("resolved.json", "plan.json")
+"""Files that a run writes as it begins, and without which nothing goes on."""
 ADAPTERS = ("initial", "last", "best")
 """Folders in `adapters/` that a run has from its first round on."""
 MOST_NAME_BYTES = 255
@@ -158,7 +160,7 @@ def find_lack(folder: Path, status: Record, rounds: Sequence[Record]) -> str:
     Raises:
         RunError: a record lacks what it must have.
     """
-    if file := next((name for name in ("resolved.json", "rounds.jsonl") if not isfile(folder / name)), ""):
+    if file := next((name for name in (*BEGUN, "rounds.jsonl") if not isfile(folder / name)), ""):
         return f"{file} is missing"
     last = status.get("round")
     if last is None:  # an early version wrote it

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.host.files import write_json
-from fedloom.records.run import SWEEP, find_lack, read_lines, read_record, read_sweep
+from fedloom.records.run import BEGUN, SWEEP, find_lack, read_lines, read_record, read_sweep
 
 ASKED = "asked.json"
 """File of a sweep's folder: the recipe, the axes and the draw that it was last started with."""
@@ -38,7 +38,8 @@ def is_done(run: Path) -> bool:
     """
     with suppress(RunError):
         status = read_record(run / "status.json")
-        return status.get("state") == "done" and not find_lack(run, status, read_lines(run / "rounds.jsonl"))
+        if status.get("state") == "done" and not find_lack(run, status, read_lines(run / "rounds.jsonl")):
+            return all(read_record(run / name) for name in BEGUN)
     return False
 
 
