@@ -192,9 +192,10 @@ def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> 
     mend = REMOVE if name.startswith("round-") else GO_ON
     try:
         found = load_adapter(run.folder / "adapters" / name, newest.adapter.layout, frozen=None)
+        recorded = run.record_of(round)["adapter_sha256"]
     except FedloomError as error:
         return Finding(what, str(error), mend)
-    if found.sha256() != run.rounds[round]["adapter_sha256"]:
+    if found.sha256() != recorded:
         return Finding(what, f"not the adapter of round {round}", mend)
     return Finding(what, f"the adapter of round {round}")
 

@@ -103,6 +103,8 @@ SWEEP = "sweep.json"
 MEND = "see what else is: fedloom fsck RUN"
 LOSSES = ("central_loss", "judged_loss", "client_loss")
 """Keys of a round's record with the loss that adapters are judged by: the first that it has. Round 0 has one."""
+NAMED = ("environment", "plan", "status", "baselines", "personalised", "contributions")
+"""Records of a run, each a file of its own with that name and `.json`."""
 BEGUN = ("resolved.json", "plan.json")
 """Files that a run writes as it begins, and without which nothing goes on."""
 ADAPTERS = ("initial", "last", "best")
@@ -140,6 +142,17 @@ class Run:
         """The round whose adapter is `adapters/best`: of equal losses, the last."""
         best = min(reversed(self.rounds), key=judged_loss, default=None)
         return best["round"] if best else None
+
+    def record_of(self, round: int) -> Record:
+        """Return the record of a round.
+
+        Raises:
+            RunError: there is none.
+        """
+        for record in self.rounds:
+            if record["round"] == round:
+                return record
+        raise RunError(f"rounds.jsonl lacks round {round}", where=str(self.folder), mend=MEND)
 
     @property
     def lack(self) -> str:
@@ -263,18 +276,8 @@ def read_run(folder: str | Path) -> Run:
     asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
     return Run(
         folder,
-        **{
-            name: read_record(folder / file)
-            for name, file in {
-                "recipe": "resolved.json",
-                "environment": "environment.json",
-                "plan": "plan.json",
-                "status": "status.json",
-                "baselines": "baselines.json",
-                "personalised": "personalised.json",
-                "contributions": "contributions.json",
-            }.items()
-        },
+        recipe=read_record(folder / "resolved.json"),
+        **{name: read_record(folder / f"{name}.json") for name in NAMED},
         rounds=_read_checked(folder / "rounds.jsonl", RoundRecord),
         clients=_read_checked(folder / "clients.jsonl", KINDS["clients.jsonl"]),
         evaluations=[record for record in asked if "holder" not in record],
