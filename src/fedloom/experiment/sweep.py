@@ -14,7 +14,6 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from shlex import quote
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError, RunError, TrainingError
@@ -47,6 +46,7 @@ from fedloom.records.run import RoundRecord, Run, flatten, judged_loss, read_run
 from fedloom.records.sweep_folder import write_asked
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
+from fedloom.text import quote_path
 from fedloom.training.engines import choose_engine
 from fedloom.training.jobs import OF_ALL_CLIENTS
 from fedloom.training.memory import StepMemory
@@ -153,7 +153,7 @@ def describe_undone(folder: Path, num_runs: int, errors: Mapping[str, str], held
     if held:
         name, who = next(iter(held.items()))
         said.append(f"another process is at work in {len(held)} of {num_runs} runs, {name} for one ({who})")
-        first = f"wait for its end, or end it: fedloom stop {quote(str(folder / name))}; then "
+        first = f"wait for its end, or end it: fedloom stop {quote_path(folder / name)}; then "
     mend = f"the others are done; {first}go on with: {how_to_go_on(folder)}"
     return RunError("; ".join(said), where=str(folder), mend=mend)
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from shlex import quote
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 
 from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
+from fedloom.text import quote_path
 
 GO_ON = "go on with fedloom run --resume: the rounds that were complete are kept"
 LOCK = ".lock"
@@ -323,7 +323,7 @@ def take_lock(folder: Path) -> Lock:
             raise RunError(
                 f"another run is at work in it ({read_holder(path).who})",
                 where=str(folder),
-                mend=f"wait for its end, or end it: fedloom stop {quote(str(folder))}",
+                mend=f"wait for its end, or end it: fedloom stop {quote_path(folder)}",
             ) from None
         try:
             lock.sign()

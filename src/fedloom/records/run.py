@@ -14,11 +14,11 @@ from functools import partial
 from itertools import pairwise
 from os.path import isdir, isfile
 from pathlib import Path
-from shlex import quote
 from typing import Any, NoReturn, Required, TypedDict
 
 from fedloom.errors import RunError
 from fedloom.records.kinds import KINDS, ClientNumber, MeasureRecord, find_odd
+from fedloom.text import quote_path
 
 Record = dict[str, Any]
 """A record as it is read: JSON that may lack keys."""
@@ -311,7 +311,7 @@ def read_sweep(folder: Path) -> Record:
     Raises:
         RunError: the list is damaged.
     """
-    run, path = quote(str(folder / "RUN")), folder / SWEEP
+    run, path = quote_path(folder / "RUN"), folder / SWEEP
     mend = (
         "restore it, or begin a sweep of its own with another --out; each run in this one is whole without it:"
         f" fedloom run --resume {run} goes on with one, and fedloom compare sets those that are done side by side"

@@ -11,6 +11,7 @@ from pathlib import Path
 from fedloom.errors import RunError
 from fedloom.host.files import write_json
 from fedloom.records.run import BEGUN, SWEEP, find_lack, read_lines, read_record, read_sweep
+from fedloom.text import quote_path
 
 ASKED = "asked.json"
 """File of a sweep's folder: the recipe, the axes and the draw that it was last started with."""
@@ -63,6 +64,6 @@ def command_of(folder: Path) -> str:
     """
     asked = read_record(folder / ASKED, MEND_ASKED)
     if not asked:  # an early version began it
-        return f"the command that began it, and --out {shlex.quote(str(folder))}"
+        return f"the command that began it, and --out {quote_path(folder)}"
     draw = [] if asked["random"] is None else ["--random", str(asked["random"])]
     return shlex.join(["fedloom", "sweep", asked["recipe"], *asked["axes"], *draw, "--out", str(folder)])
