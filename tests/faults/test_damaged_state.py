@@ -219,6 +219,13 @@ def test_a_link_in_a_files_place_is_not_written_through(name: str, begun: Any, t
     assert theirs.read_bytes() == content
 
 
+def test_a_pipe_in_the_locks_place_is_what_is_to_be_moved_away(begun: Any, tmp_path: Path) -> None:
+    run = copy(begun[2], tmp_path / "run")
+    (run / ".lock").unlink(missing_ok=True)
+    os.mkfifo(run / ".lock")
+    assert "move what is in its place away" in attempt(begun[0], run)
+
+
 def test_a_loader_that_does_not_verify_would_be_caught(
     begun: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
