@@ -126,3 +126,7 @@ def test_a_path_in_a_command_is_no_option() -> None:
     for text in ("runs/-r", "/a b", "it's", "é\n", "-"):
         (found,) = shlex.split(quote_path(text))
         assert Path(found) == Path(text)
+
+
+def test_an_error_keeps_the_spaces_of_a_path() -> None:
+    assert str(FedloomError("no\n  room", where="a  b", mend="type 'a  b'")) == "a  b: no room; type 'a  b'"
