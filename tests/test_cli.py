@@ -119,6 +119,10 @@ def test_a_line_that_is_not_well_ends_a_command_with_1(capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines()[1:3] == [f"MISSING torch{'':<13}missing", f"{'':<26}install it"]
 
 
+def test_help_keeps_brackets() -> None:
+    assert "[sweep]" in CliRunner().invoke(app, ["sweep", "--help"]).stdout
+
+
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     started = time.perf_counter()
     done = fedloom("--help", cwd=tmp_path)

@@ -1,6 +1,8 @@
 """Text that others chose is shown as text: controls, markup and passwords have no power."""
 
 import re
+import shlex
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -14,6 +16,7 @@ from fedloom.text import (
     hide_secrets,
     list_numbers,
     list_some,
+    quote_path,
     round_down,
     sentence,
     show_controls,
@@ -116,3 +119,14 @@ def test_numbers_that_follow_one_upon_another_are_listed_as_spans() -> None:
     assert list_numbers([0, 1, 2, 5, 7, 8]) == "0 to 2, 5, 7 to 8"
     assert list_numbers([3]) == "3"
     assert list_numbers([]) == ""
+
+
+def test_a_path_in_a_command_is_no_option() -> None:
+    assert shlex.split(quote_path(Path("-r"))) == ["./-r"]
+    for text in ("runs/-r", "/a b", "it's", "é\n", "-"):
+        (found,) = shlex.split(quote_path(text))
+        assert Path(found) == Path(text)
+
+
+def test_an_error_keeps_the_spaces_of_a_path() -> None:
+    assert str(FedloomError("no\n  room", where="a  b", mend="type 'a  b'")) == "a  b: no room; type 'a  b'"

@@ -226,7 +226,7 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="[SECTION.KEY=VALUE,VALUE]...",
-            help="Settings, each with what it is to be, beside those of the recipe's [sweep] table.",
+            help="Settings, each with what it is to be, beside those of the recipe's \\[sweep] table.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(parser=path, help="The folder; runs/NAME-sweep-TIME if left out.")] = None,

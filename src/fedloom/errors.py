@@ -20,7 +20,11 @@ The command line prints the message and exits with 2. Everything else is a bug a
 
 from __future__ import annotations
 
+import re
+
 from fedloom.text import hide_secrets, show_controls
+
+_BREAK = re.compile(r"\s*[\t\n\r]\s*")
 
 
 class FedloomError(Exception):
@@ -29,7 +33,8 @@ class FedloomError(Exception):
     def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
         self.what, self.where, self.mend = what, where, mend
         # A message may quote a file, a path or another machine's answer, and those may hold anything.
-        one_line = " ".join("".join((where and f"{where}: ", what, mend and f"; {mend}")).split())
+        # Spaces stay as they are: a command that is to be typed may have a path with two of them.
+        one_line = _BREAK.sub(" ", "".join((where and f"{where}: ", what, mend and f"; {mend}"))).strip()
         super().__init__(hide_secrets(show_controls(one_line)))
 
 

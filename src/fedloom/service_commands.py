@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from os.path import isdir, isfile
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +17,7 @@ import typer
 from fedloom.errors import RunError
 from fedloom.host.files import path
 from fedloom.run_options import Overrides, RecipeName, ResumeRun, RunFolder, ServerFolder, find_resumed, say
-from fedloom.text import show_controls
+from fedloom.text import quote_path, show_controls
 
 if TYPE_CHECKING:
     from fedloom.deployment.queue import Entry, Queue
@@ -123,17 +122,17 @@ def _describe_server(server: Path) -> str:
     from fedloom.monitoring.standing import AT_WORK
 
     if one_run := Queue(server).one_run:
-        return f"{'server':<10}at work for one run alone: fedloom status {quote(one_run)}"
+        return f"{'server':<10}at work for one run alone: fedloom status {quote_path(one_run)}"
     if _is_served(server):
         return f"{'server':<10}{AT_WORK}"
-    return f"{'server':<10}nobody is at work with it; start it with: fedloom serve --server {quote(str(server))}"
+    return f"{'server':<10}nobody is at work with it; start it with: fedloom serve --server {quote_path(server)}"
 
 
 def _count_runs(server: Path) -> str:
     """Say in a line how many runs a server has, by their states."""
     from fedloom.deployment.queue import list_runs
 
-    told, option = list_runs(server), f"--server {quote(str(server))}"
+    told, option = list_runs(server), f"--server {quote_path(server)}"
     states = Counter(run["state"] for run in told["runs"])
     if told["damaged"]:
         states["damaged"] = len(told["damaged"])
@@ -170,14 +169,14 @@ def stop(
         raise RunError(
             "a server is at work with it for one run alone",
             where=str(run),
-            mend=f"name that run: fedloom stop {quote(one_run)}",
+            mend=f"name that run: fedloom stop {quote_path(one_run)}",
         )
     # Nobody has to be at work with a server's folder, which is no run directory.
     work = stop(run, at_once=now, say=typer.echo) if work or not _is_server(run) else None
     if work is None:
         typer.echo(show_controls(f"{run}: nobody is at work in it on this machine"))
         raise typer.Exit(1)
-    again = f"start it again with: fedloom serve --server {quote(str(run))}"
+    again = f"start it again with: fedloom serve --server {quote_path(run)}"
     how = again if (run / QUEUE).is_dir() else _go_on(work.command, run)
     if work.command == BRANCH:
         how = "start it again as before"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that move a cursor, colour or erase a screen, reverse a line, or can't be written as UTF-8."""
@@ -96,6 +98,12 @@ def to_markdown_code(text: str, language: str = "") -> str:
     # A fence in the text would close the block early; a longer one can't be closed by it.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{show_controls(text).rstrip()}\n{fence}"
+
+
+def quote_path(path: str | Path) -> str:
+    """Return a path as a shell's command takes it, which takes none that begins with `-` for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def list_some(words: Sequence[str], most: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from support.asked import write_tasks
 from support.bars import Bar
+from support.full_disk import no_file_above
 from support.made_runs import make_run
 from support.marks import first
 from support.quick_runs import Said
@@ -350,6 +351,16 @@ def test_a_run_of_a_sweep_that_lost_its_recipe_is_made_anew_once_it_is_away(reci
     assert runs_in(sweep(recipe_file, ["seed=1,2"], folder, Observer())) == [folder / "seed=1", lost]
     for ours, others in zip(numbers(lost), before, strict=True):
         assert ours == pytest.approx(others, rel=1e-9)
+
+
+def test_a_report_that_found_no_room_is_written_when_the_sweep_goes_on(recipe_file: Path, tmp_path: Path) -> None:
+    axes = ["seed=1,2", "federation.rounds=1"]
+    with no_file_above(8_000), pytest.raises(RunError, match=r"2 of 2 runs failed, .* can't be written"):
+        sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+    reports = [tmp_path / "sweep" / f"seed={seed}" / "report.html" for seed in (1, 2)]
+    assert not any(report.exists() for report in reports)
+    sweep(recipe_file, axes, tmp_path / "sweep", Observer())
+    assert all(report.exists() for report in reports)
 
 
 def test_a_comparison_that_is_not_written_hides_no_run_that_failed(recipe_file: Path, tmp_path: Path) -> None:

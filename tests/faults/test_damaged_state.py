@@ -219,6 +219,13 @@ def test_a_link_in_a_files_place_is_not_written_through(name: str, begun: Any, t
     assert theirs.read_bytes() == content
 
 
+def test_a_pipe_in_the_locks_place_is_what_is_to_be_moved_away(begun: Any, tmp_path: Path) -> None:
+    run = copy(begun[2], tmp_path / "run")
+    (run / ".lock").unlink(missing_ok=True)
+    os.mkfifo(run / ".lock")
+    assert "move what is in its place away" in attempt(begun[0], run)
+
+
 def test_a_loader_that_does_not_verify_would_be_caught(
     begun: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +272,42 @@ def test_another_recipe_is_refused_by_its_keys(changes: Any, says: str, begun: A
     _, _, stopped, _ = begun
     folder = copy(stopped, tmp_path / "run")
     assert says in attempt(make_recipe(stopped.parent, **changes), folder)
+
+
+def test_without_its_plan_a_run_is_not_taken_for_one_that_has_not_begun(begun: Any, tmp_path: Path) -> None:
+    """It went on with whatever recipe came, which took the place of the one that it began with."""
+    recipe, result, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    (folder / "plan.json").unlink()
+    before = (folder / "recipe.toml").read_bytes()
+    other = make_recipe(stopped.parent, training={"learning_rate": 2e-2})
+    for asked in (recipe, other):
+        assert "plan.json is missing, without which a run that has rounds" in attempt(asked, folder)
+    assert (folder / "recipe.toml").read_bytes() == before
+    assert bad(folder) == "plan.json: missing"
+    shutil.copy(stopped / "plan.json", folder)
+    assert not attempt(recipe, folder)
+    assert result_of(folder) == result
+
+
+@pytest.mark.parametrize(
+    ("file", "mend"),
+    [
+        ("resolved.json", "restore it, or remove the run directory and begin again"),
+        ("plan.json", "restore it, or remove the run directory and begin again"),
+        ("rounds.jsonl", "restore it, or remove the run directory and begin again"),
+        ("environment.json", "remove it: a run does without it"),
+        ("recipe.toml", "restore it, or go on by the recipe that it began with"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_do(file: str, mend: str, begun: Any, tmp_path: Path) -> None:
+    """Some were not looked at, and of others fsck sent to itself."""
+    _, _, stopped, _ = begun
+    folder = copy(stopped, tmp_path / "run")
+    (folder / file).write_text("{]\n" + (folder / file).read_text())
+    (broken,) = [finding for finding in check_run(folder) if not finding.well]
+    assert broken.what.startswith(file)
+    assert broken.mend.startswith(mend)
 
 
 def test_how_many_train_at_once_may_change_and_is_on_record(begun: Any, tmp_path: Path) -> None:

@@ -155,6 +155,19 @@ def test_a_clients_own_adapter_is_exported_and_asked(more: dict[str, Any], tmp_p
     assert not (tmp_path / "none").exists()
 
 
+def test_an_adapter_is_known_by_the_record_of_its_round_whatever_others_are_lost(finished: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    rounds = folder / "rounds.jsonl"
+    lines = rounds.read_text().splitlines(keepends=True)
+    rounds.write_text("".join(lines[1:]))
+    assert generate(folder, "a text") == generate(finished.folder, "a text")
+    rounds.unlink()
+    for which in ("best", "last"):
+        with pytest.raises(RunError, match=rf'no round is on record that adapter "{which}" is of; see what else is'):
+            generate(folder, "a text", which=which)
+
+
 @pytest.mark.parametrize("which", first([0, "best"]))
 def test_an_adapter_that_is_not_the_one_on_record_is_handed_to_nobody(which: str | int, tmp_path: Path) -> None:
     """Those of two clients lie in each other's folders, say, or a copy was cut short and put together again."""

@@ -85,5 +85,13 @@ def test_a_run_is_done_where_all_that_it_had_is_there(tmp_path: Path) -> None:
     assert not is_done_with({**whole, "state": "interrupted"}, *rounds)
     assert not is_done_with({**whole, "round": "2"}, *rounds)
     assert is_done_with(whole, *rounds)
+    for name in ("plan.json", "resolved.json"):
+        before = (run / name).read_bytes()
+        (run / name).write_bytes(before[:-1])
+        assert not is_done(run)
+        (run / name).unlink()
+        assert not is_done(run)
+        (run / name).write_bytes(before)
+    assert is_done(run)
     (run / "adapters" / "best").rmdir()
     assert not is_done(run)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.made_runs import make_run
 
+from fedloom.errors import RunError
 from fedloom.records.run import Run, read_run
 from fedloom.report.comparison import write_comparison
 from fedloom.report.run_report import write_report
@@ -30,6 +31,16 @@ def test_a_run_that_was_asked_for_nothing_has_no_such_section(tmp_path: Path) ->
     run = made(tmp_path / "run", baselines={"round0": {"losses": [3.0], "tokens": 0}})
     assert worth_of(run) == {}
     assert "Was it worth it?" not in write_report(run.folder).read_text()
+
+
+def test_losses_are_those_of_the_rounds_that_they_are_said_to_be(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run", baselines=ALONE).folder
+    lines = (folder / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rounds.jsonl").write_text(lines[0] + lines[2])
+    assert worth_of(read_run(folder))[0].together == 1.6
+    (folder / "rounds.jsonl").write_text(lines[1] + lines[2])
+    with pytest.raises(RunError, match=r"rounds.jsonl lacks round 0; see what else is: fedloom fsck"):
+        write_report(folder)
 
 
 def test_a_row_has_what_is_on_record_of_its_client(tmp_path: Path) -> None:

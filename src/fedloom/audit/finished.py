@@ -150,5 +150,5 @@ def changes_between(adapted: AdaptedModel, run: Run, kept: list[tuple[int, Path]
         RunError: one is another than the run has on record: what it tells is not the run's.
         ModelError: one can't be read.
     """
-    opened = [open_recorded(adapted, folder, run.rounds[round]["adapter_sha256"]) for round, folder in kept]
+    opened = [open_recorded(adapted, folder, run.record_of(round)["adapter_sha256"]) for round, folder in kept]
     return [Sent(before, after.weights_P - before.weights_P) for before, after in pairwise(opened)]

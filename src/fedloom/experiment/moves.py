@@ -13,6 +13,7 @@ from fedloom.monitoring.observer import Observer
 from fedloom.recipe.loading import make_absolute
 from fedloom.recipe.recipe import Recipe
 from fedloom.records.run import flatten, has_plan, read_run
+from fedloom.records.state import BEGIN_AGAIN, committed, count_rounds
 from fedloom.records.writer import RunWriter
 
 MOVABLE = {"training.devices", AT_ONCE}
@@ -24,10 +25,13 @@ def find_moves(writer: RunWriter, recipe: Recipe) -> dict[str, Any]:
     """Return the keys of `MOVABLE` that differ from what a run last went on with, and refuse another recipe.
 
     Raises:
-        RunError: naming the keys that differ beside those.
+        RunError: naming the keys that differ beside those; or there are rounds, and no plan that says what of.
     """
     folder = writer.folder
     if not has_plan(folder):
+        if count_rounds(folder) or committed(folder):  # whose recipe it can't be told to have
+            why = "plan.json is missing, without which a run that has rounds can't go on"
+            raise RunError(why, where=str(folder), mend=f"restore plan.json, or {BEGIN_AGAIN}")
         return {}
     run = read_run(folder)
     make_absolute(run.recipe, Path.cwd())  # early versions kept paths as they were written

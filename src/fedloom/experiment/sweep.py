@@ -14,7 +14,6 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from shlex import quote
 
 from fedloom.adapters.adapter import Adapter
 from fedloom.errors import FedloomError, RunError, TrainingError
@@ -47,6 +46,8 @@ from fedloom.records.run import RoundRecord, Run, flatten, judged_loss, read_run
 from fedloom.records.sweep_folder import write_asked
 from fedloom.records.writer import RunWriter, default_folder
 from fedloom.report.comparison import write_comparison
+from fedloom.report.run_report import write_report
+from fedloom.text import quote_path
 from fedloom.training.engines import choose_engine
 from fedloom.training.jobs import OF_ALL_CLIENTS
 from fedloom.training.memory import StepMemory
@@ -100,15 +101,18 @@ def sweep(
     finished = [run for combination in combinations if (run := read_done(folder / combination.name))]
     held = {name: who for name, who in held.items() if not read_done(folder / name)}
     undone = describe_undone(folder, len(combinations), errors, held) if errors or held else None
-    if len(finished) > 1:
-        by = keys_of_arms(collect_axes(source, axes), finished)
-        say = partial(display.show_step, "arms") if by else None
-        try:
+    by = keys_of_arms(collect_axes(source, axes), finished) if len(finished) > 1 else []
+    say = partial(display.show_step, "arms") if by else None
+    try:
+        for run in finished:
+            if not (run.folder / "report.html").is_file():  # there was no room for it, say
+                write_report(run.folder)
+        if len(finished) > 1:
             write_comparison([run.folder for run in finished], folder, by=by, say=say)
-        except RunError as error:
-            if not undone:
-                raise
-            display.show_step("comparison", f"there is none: {error}")  # what failed first is told last
+    except RunError as error:
+        if not undone:
+            raise
+        display.show_step("comparison", f"there is none: {error}")  # what failed first is told last
     display.show_sweep_end(rank(finished), folder)
     if undone:
         raise undone
@@ -153,7 +157,7 @@ def describe_undone(folder: Path, num_runs: int, errors: Mapping[str, str], held
     if held:
         name, who = next(iter(held.items()))
         said.append(f"another process is at work in {len(held)} of {num_runs} runs, {name} for one ({who})")
-        first = f"wait for its end, or end it: fedloom stop {quote(str(folder / name))}; then "
+        first = f"wait for its end, or end it: fedloom stop {quote_path(folder / name)}; then "
     mend = f"the others are done; {first}go on with: {how_to_go_on(folder)}"
     return RunError("; ".join(said), where=str(folder), mend=mend)
 

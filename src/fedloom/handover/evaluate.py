@@ -68,7 +68,7 @@ def evaluate(
             say("task", line)
         adapted = load_adapted_model(recipe, source)
         # What training began with: of a whole model it is the base, and others are told apart from it.
-        open_recorded(adapted, run.folder / "adapters" / "initial", run.rounds[0]["adapter_sha256"])
+        open_recorded(adapted, run.folder / "adapters" / "initial", run.record_of(0)["adapter_sha256"])
         examiners: list[Examiner | HarnessExaminer] = []
         if loaded:
             examiners.append(Examiner(loaded, recipe, source, adapted, run.folder, say=say, watch=watch))
@@ -107,7 +107,7 @@ def find_models(run: Run, which: str) -> list[tuple[Record, Path]]:
             raise RunError(f'no adapter "{which}"', where=str(run.folder), mend=mend)
         return found
     round = find_round(run, which)
-    model = {"round": round, "adapter_sha256": run.rounds[round]["adapter_sha256"]}
+    model = {"round": round, "adapter_sha256": run.record_of(round)["adapter_sha256"]}
     return [(model, folder_of(run, round, which))]
 
 

@@ -9,7 +9,7 @@ from fedloom.adapters.adapter import Adapter
 from fedloom.errors import RunError
 from fedloom.recipe.loading import load_recipe
 from fedloom.recipe.recipe import Recipe, pin
-from fedloom.records.run import list_adapters, read_run
+from fedloom.records.run import MEND, list_adapters, read_run
 from fedloom.text import list_numbers
 
 
@@ -69,7 +69,10 @@ def open_adapter(adapted: AdaptedModel, folder: Path, which: str | int) -> Adapt
     if isinstance(which, int):
         record = run.personalised["clients"][str(which)]
     else:
-        record = run.rounds[list_adapters(run)[which]]
+        round = list_adapters(run).get(which)
+        if round is None:
+            raise RunError(f'no round is on record that adapter "{which}" is of', where=str(folder), mend=MEND)
+        record = run.record_of(round)
     return open_recorded(adapted, place, record["adapter_sha256"])
 
 

@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from shlex import quote
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -27,11 +26,14 @@ from safetensors import SafetensorError
 
 from fedloom.errors import RunError
 from fedloom.host.failpoints import failpoint
+from fedloom.text import quote_path
 
 GO_ON = "go on with fedloom run --resume: the rounds that were complete are kept"
 LOCK = ".lock"
 FIRST = dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "see that it may be written")
-FIRST |= dict.fromkeys((errno.ELOOP, errno.EISDIR, errno.EEXIST), "move what is in its place away")
+IN_PLACE = (errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.EINVAL)
+"""Numbers of errors where something else is in a file's place: a link, a folder, a pipe."""
+FIRST |= dict.fromkeys(IN_PLACE, "move what is in its place away")
 """What to do first where a file can't be written, by the number of the error; for others there is no room."""
 ASKED_SECONDS = 5.0
 """Time that a lock is waited for while others only ask who holds it, which takes each of them a moment."""
@@ -323,7 +325,7 @@ def take_lock(folder: Path) -> Lock:
             raise RunError(
                 f"another run is at work in it ({read_holder(path).who})",
                 where=str(folder),
-                mend=f"wait for its end, or end it: fedloom stop {quote(str(folder))}",
+                mend=f"wait for its end, or end it: fedloom stop {quote_path(folder)}",
             ) from None
         try:
             lock.sign()

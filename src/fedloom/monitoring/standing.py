@@ -31,7 +31,7 @@ def describe_run(run: Run) -> Iterator[str]:
         yield f"{'early end':<10}{why}"
     if state == "done":
         return
-    if missing := _missing(run):
+    if run.status.get("state") != "done" and (missing := _missing(run)):
         yield f"{'rounds':<10}{missing}"
     yield f"{'go on':<10}{how_to_go_on(run.folder)}"
 

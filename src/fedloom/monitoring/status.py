@@ -17,7 +17,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from os.path import isfile
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from fedloom.errors import RunError
@@ -30,7 +29,7 @@ from fedloom.records.plan import Plan
 from fedloom.records.run import RoundRecord, Run, read_run
 from fedloom.records.sweep_folder import is_sweep, list_runs
 from fedloom.records.writer import now
-from fedloom.text import format_seconds
+from fedloom.text import format_seconds, quote_path
 
 TELL_SECONDS = 1.0
 """Seconds between two writings of progress."""
@@ -201,7 +200,7 @@ def stop(run: Path, *, at_once: bool, say: Callable[[str], object]) -> Work | No
     if work is None or file is None:
         if found := find_sweep(run):
             sweep, work = found
-            mend = f"end the sweep, which can go on later: fedloom stop {quote(str(sweep))}"
+            mend = f"end the sweep, which can go on later: fedloom stop {quote_path(sweep)}"
             raise RunError(f"its sweep is at work in it (process {work.process})", where=str(run), mend=mend)
         if not is_sweep(run):
             read_run(run)
@@ -247,7 +246,7 @@ def describe(run: Path) -> Iterator[str]:
         sweep, work = found
         yield f"{'at work':<10}{work.command}, process {work.process}, since {work.since}, in this run and others"
         yield f"{'doing':<10}{work.doing}"
-        yield f"{'sweep':<10}fedloom status {quote(str(sweep))}, and to end it: fedloom stop {quote(str(sweep))}"
+        yield f"{'sweep':<10}fedloom status {quote_path(sweep)}, and to end it: fedloom stop {quote_path(sweep)}"
     elif read:
         yield from describe_run(read)
     if read and read.rounds:

@@ -6,15 +6,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
 from fedloom.adapters.adapter import Layout
 from fedloom.adapters.files import load_adapter
-from fedloom.errors import FedloomError, RunError
+from fedloom.errors import FedloomError, RecipeError, RunError
 from fedloom.host.machine import Finding
+from fedloom.recipe.loading import load_recipe
 from fedloom.records.evaluations import kept_baselines, key_of
-from fedloom.records.run import EVALUATIONS, RECORD_OF, Run, list_adapters, missing_records, read_record, read_run
+from fedloom.records.run import EVALUATIONS, MEND, RECORD_OF, Run, list_adapters, missing_records, read_record, read_run
 from fedloom.records.state import (
     BEGIN_AGAIN,
     RunState,
@@ -30,17 +32,24 @@ NO_STATE = f"{BEGIN_AGAIN}: no state is whole"
 REMADE = ("status.json", "baselines.json", "personalised.json", "contributions.json")
 """Files that a run writes anew when it goes on without them."""
 REMOVE = "remove it: a run does without it"
+RESTORE = f"restore it, or {BEGIN_AGAIN}"
+BY_RECIPE = "restore it, or go on by the recipe that it began with: fedloom run RECIPE --resume --out RUN"
 
 
 def check_run(folder: str | Path) -> list[Finding]:
     """Check a run directory; return a finding for each thing that must hold.
 
     Raises:
-        RunError: the folder is no run, or its records are damaged in the middle.
+        RunError: the folder is no run.
     """
     if broken := [*_find_broken(Path(folder))]:
         return broken
-    run = read_run(folder)
+    try:
+        run = read_run(folder)
+    except RunError as error:
+        if error.mend != MEND:
+            raise
+        return [Finding(Path(error.where).name, error.what, RESTORE)]
     states: dict[Path, RunState | RunError] = {}
     for path in committed(run.folder):
         try:
@@ -51,6 +60,7 @@ def check_run(folder: str | Path) -> list[Finding]:
             states[path] = error
     newest = next((state for state in states.values() if isinstance(state, RunState)), None)
     findings = [
+        *_find_missing(run),
         _check_states(run, states),
         _check_rounds(run, newest),
         _check_clients(run),
@@ -69,12 +79,27 @@ def check_run(folder: str | Path) -> list[Finding]:
 
 
 def _find_broken(folder: Path) -> Iterator[Finding]:
-    """Yield the files that can't be read and that a run which goes on makes again; the rest waits for them."""
-    for name in REMADE:
+    """Yield the files that can't be read, and that a run makes again or does without; the rest waits for them."""
+    for name, mend in {**dict.fromkeys(REMADE, f"remove it, and {GO_ON}"), "environment.json": REMOVE}.items():
         try:
             read_record(folder / name)
         except RunError as error:
-            yield Finding(name, error.what, f"remove it, and {GO_ON}")
+            yield Finding(name, error.what, mend)
+
+
+def _find_missing(run: Run) -> Iterator[Finding]:
+    """Yield the files that a run has from its beginning on, and lacks, or whose recipe nobody could go on by."""
+    if not run.plan:
+        yield Finding("plan.json", "missing", RESTORE if run.rounds else GO_ON)
+    if not run.status:
+        yield Finding("status.json", "missing", GO_ON)
+    try:
+        if isfile(run.folder / "recipe.toml"):  # and no pipe, which would be waited for
+            load_recipe(run.folder / "recipe.toml")
+        else:
+            yield Finding("recipe.toml", "missing", BY_RECIPE)
+    except RecipeError as error:
+        yield Finding("recipe.toml", error.what, BY_RECIPE)
 
 
 def missing_results(run: Run) -> list[str]:
@@ -167,9 +192,10 @@ def _check_adapter(run: Run, name: str, round: int, newest: RunState | None) -> 
     mend = REMOVE if name.startswith("round-") else GO_ON
     try:
         found = load_adapter(run.folder / "adapters" / name, newest.adapter.layout, frozen=None)
+        recorded = run.record_of(round)["adapter_sha256"]
     except FedloomError as error:
         return Finding(what, str(error), mend)
-    if found.sha256() != run.rounds[round]["adapter_sha256"]:
+    if found.sha256() != recorded:
         return Finding(what, f"not the adapter of round {round}", mend)
     return Finding(what, f"the adapter of round {round}")
 

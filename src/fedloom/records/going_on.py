@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from fedloom.records.run import read_record
 from fedloom.records.sweep_folder import command_of, is_sweep, list_runs
+from fedloom.text import quote_path
 
 
 def how_to_go_on(folder: Path, command: str = "") -> str:
@@ -22,7 +22,7 @@ def how_to_go_on(folder: Path, command: str = "") -> str:
     plan = read_record(folder / "plan.json")
     if plan.get("strategy"):
         return "fedloom.run(..., resume=True, aggregate=...)"
-    home, name = folder.resolve(), shlex.quote(str(folder))
+    home, name = folder.resolve(), quote_path(folder)
     if command:
         return f"{command} --resume {name}"
     if home.name in list_runs(home.parent):

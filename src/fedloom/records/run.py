@@ -14,11 +14,11 @@ from functools import partial
 from itertools import pairwise
 from os.path import isdir, isfile
 from pathlib import Path
-from shlex import quote
 from typing import Any, NoReturn, Required, TypedDict
 
 from fedloom.errors import RunError
 from fedloom.records.kinds import KINDS, ClientNumber, MeasureRecord, find_odd
+from fedloom.text import quote_path
 
 Record = dict[str, Any]
 """A record as it is read: JSON that may lack keys."""
@@ -104,6 +104,10 @@ SWEEP = "sweep.json"
 MEND = "see what else is: fedloom fsck RUN"
 LOSSES = ("central_loss", "judged_loss", "client_loss")
 """Keys of a round's record with the loss that adapters are judged by: the first that it has. Round 0 has one."""
+NAMED = ("environment", "plan", "status", "baselines", "personalised", "contributions")
+"""Records of a run, each a file of its own with that name and `.json`."""
+BEGUN = ("resolved.json", "plan.json")
+"""Files that a run writes as it begins, and without which nothing goes on."""
 ADAPTERS = ("initial", "last", "best")
 """Folders in `adapters/` that a run has from its first round on."""
 MOST_NAME_BYTES = 255
@@ -140,6 +144,17 @@ class Run:
         best = min(reversed(self.rounds), key=judged_loss, default=None)
         return best["round"] if best else None
 
+    def record_of(self, round: int) -> Record:
+        """Return the record of a round.
+
+        Raises:
+            RunError: there is none.
+        """
+        for record in self.rounds:
+            if record["round"] == round:
+                return record
+        raise RunError(f"rounds.jsonl lacks round {round}", where=str(self.folder), mend=MEND)
+
     @property
     def lack(self) -> str:
         """Rounds or adapters that a run which is called done no longer has, in words; see `find_lack`."""
@@ -159,7 +174,7 @@ def find_lack(folder: Path, status: Record, rounds: Sequence[Record]) -> str:
     Raises:
         RunError: a record lacks what it must have.
     """
-    if file := next((name for name in ("resolved.json", "rounds.jsonl") if not isfile(folder / name)), ""):
+    if file := next((name for name in (*BEGUN, "rounds.jsonl") if not isfile(folder / name)), ""):
         return f"{file} is missing"
     last = status.get("round")
     if last is None:  # an early version wrote it
@@ -262,18 +277,8 @@ def read_run(folder: str | Path) -> Run:
     asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
     return Run(
         folder,
-        **{
-            name: read_record(folder / file)
-            for name, file in {
-                "recipe": "resolved.json",
-                "environment": "environment.json",
-                "plan": "plan.json",
-                "status": "status.json",
-                "baselines": "baselines.json",
-                "personalised": "personalised.json",
-                "contributions": "contributions.json",
-            }.items()
-        },
+        recipe=read_record(folder / "resolved.json"),
+        **{name: read_record(folder / f"{name}.json") for name in NAMED},
         rounds=_read_checked(folder / "rounds.jsonl", RoundRecord),
         clients=_read_checked(folder / "clients.jsonl", KINDS["clients.jsonl"]),
         evaluations=[record for record in asked if "holder" not in record],
@@ -307,7 +312,7 @@ def read_sweep(folder: Path) -> Record:
     Raises:
         RunError: the list is damaged.
     """
-    run, path = quote(str(folder / "RUN")), folder / SWEEP
+    run, path = quote_path(folder / "RUN"), folder / SWEEP
     mend = (
         "restore it, or begin a sweep of its own with another --out; each run in this one is whole without it:"
         f" fedloom run --resume {run} goes on with one, and fedloom compare sets those that are done side by side"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.host.files import write_json
-from fedloom.records.run import SWEEP, find_lack, read_lines, read_record, read_sweep
+from fedloom.records.run import BEGUN, SWEEP, find_lack, read_lines, read_record, read_sweep
+from fedloom.text import quote_path
 
 ASKED = "asked.json"
 """File of a sweep's folder: the recipe, the axes and the draw that it was last started with."""
@@ -38,7 +39,8 @@ def is_done(run: Path) -> bool:
     """
     with suppress(RunError):
         status = read_record(run / "status.json")
-        return status.get("state") == "done" and not find_lack(run, status, read_lines(run / "rounds.jsonl"))
+        if status.get("state") == "done" and not find_lack(run, status, read_lines(run / "rounds.jsonl")):
+            return all(read_record(run / name) for name in BEGUN)
     return False
 
 
@@ -62,6 +64,6 @@ def command_of(folder: Path) -> str:
     """
     asked = read_record(folder / ASKED, MEND_ASKED)
     if not asked:  # an early version began it
-        return f"the command that began it, and --out {shlex.quote(str(folder))}"
+        return f"the command that began it, and --out {quote_path(folder)}"
     draw = [] if asked["random"] is None else ["--random", str(asked["random"])]
     return shlex.join(["fedloom", "sweep", asked["recipe"], *asked["axes"], *draw, "--out", str(folder)])

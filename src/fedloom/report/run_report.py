@@ -14,7 +14,7 @@ import tomlkit
 from fedloom.errors import RunError
 from fedloom.host.files import write_text, writing
 from fedloom.recipe.sections import Strategy
-from fedloom.records.run import Record, Run, read_run
+from fedloom.records.run import MEND, Record, Run, read_run
 from fedloom.report import figures
 from fedloom.report.baselines_section import show_baselines
 from fedloom.report.communication_section import show_communication
@@ -86,7 +86,7 @@ def build_report(run: Run, *, reference: str | None = None) -> Document:
         RunError: the run has no plan, or there is no such reference.
     """
     if not run.plan:
-        raise RunError("it has no plan.json: it ended before its plan", where=str(run.folder), mend="run it again")
+        raise RunError("it has no plan.json", where=str(run.folder), mend=MEND)
     state = STATES.get(run.status.get("state", ""), "unknown")
     done, scheduled = figures.completed(run), run.recipe["federation"]["rounds"]
     return Document(

@@ -69,7 +69,7 @@ def worth_of(run: Run) -> dict[int, Worth]:
     brought, shares = run.contributions.get("leave_one_out", {}), run.contributions.get("shapley", {})
     if not run.rounds or not (alone or own or brought):
         return {}
-    first, best = (run.rounds[number].get("client_losses", {}) for number in (0, run.best_round or 0))
+    first, best = (run.record_of(number).get("client_losses", {}) for number in (0, run.best_round or 0))
     found = {}
     for client in sorted({*alone, *own, *brought}, key=int):
         went_on, share = own.get(client, {}), shares.get(client, {})
