@@ -19,21 +19,17 @@ from fedloom.deployment.client.own_documents import check_there, load_client, me
 from fedloom.deployment.client.policy import Policy, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
-from fedloom.deployment.client.refusals import find_refusals, mend_policy
+from fedloom.deployment.client.refusals import as_served, find_refusals, mend_policy
 from fedloom.deployment.client.secret import check_secret, secret_path
 from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.processes import check_flower
 from fedloom.errors import DataError, DeploymentError, FedloomError, MessageError, RecipeError
 from fedloom.experiment.recognition import open_recipe, recognise_rows
 from fedloom.host.machine import Finding
-from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
-from fedloom.recipe.recipe import Recipe, pin
+from fedloom.recipe.recipe import Recipe
 from fedloom.records.privacy import NOT_PRIVATE, name_unit, name_units
 from fedloom.text import count, list_reasons
-
-COMMIT_OF_THE_SERVER = "0" * 40
-"""Stand-in for the commit that `fedloom serve` names of a model of the hub, whatever its recipe says."""
 
 
 def rehearse(
@@ -248,12 +244,8 @@ def _count_values(recipe: Recipe, path: Path, policy: Policy) -> int | None:
 
 def judge_recipe(policy: Policy, recipe: Recipe, file: Path | None = None) -> Iterator[Finding]:
     """Yield all that a policy, written in a file or nowhere, refuses of a recipe, or that it allows it."""
-    # A server tells the commit that its recipe's branch stands for.
-    pinned = recipe.model.revision is not None and COMMIT.fullmatch(recipe.model.revision)
-    if not pinned and not any(entry["commit"] for entry in policy.pins(recipe.model.source)):
-        recipe = pin(recipe, {"model_revision": COMMIT_OF_THE_SERVER})
     refused = False
-    for key, why in find_refusals(policy, recipe):
+    for key, why in find_refusals(policy, as_served(policy, recipe)):
         refused = True
         yield Finding(
             "recipe", f"the policy {why}", f"{mend_policy((key,), file)}; or ask the server's owner for another recipe"
