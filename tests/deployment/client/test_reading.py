@@ -151,6 +151,15 @@ def test_a_preflight_judges_documents_by_the_columns_of_its_recipe(
     assert found.startswith("NO") == ("without text" in told)
 
 
+def test_a_preflight_names_the_option_for_columns_that_a_recipe_reads(kit: Path) -> None:
+    rows, recipe = kit.parent / "pairs.jsonl", kit.parent / "pairs.toml"
+    rows.write_text('{"question": "q", "answer": "a"}\n' * 6)
+    recipe.write_text(PAIRS)
+    shown = said("preflight", kit, recipe, "--data", rows, code=1)
+    _, found = shown.split("NO      documents")
+    assert "if you mean to allow that, change columns (or --columns) in a policy" in found.splitlines()[1]
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

@@ -23,7 +23,7 @@ from fedloom.deployment.client.refusals import as_served, find_refusals, mend_po
 from fedloom.deployment.client.secret import check_secret, secret_path
 from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.processes import check_flower
-from fedloom.errors import DataError, DeploymentError, FedloomError, MessageError, RecipeError
+from fedloom.errors import DataError, DeploymentError, FedloomError, MessageError, PolicyError, RecipeError
 from fedloom.experiment.recognition import open_recipe, recognise_rows
 from fedloom.host.machine import Finding
 from fedloom.recipe.data_section import Data
@@ -57,6 +57,8 @@ def rehearse(
             is_own = what == "policy"
             mends = filter(None, (error.mend, "" if is_own else mend_of_server(error)))
             otherwise = "change it there" if is_own else "ask the server's owner"
+            if isinstance(error, PolicyError):
+                otherwise = mend_policy(error.keys, policy)
             return Finding(what, f"{where}{error.what}", "; ".join(mends) or otherwise)
         return Finding(what, words)
 
