@@ -98,7 +98,7 @@ def serve(
         Path | None, typer.Option(parser=path, help="The run directory; runs/NAME-TIME if left out.")
     ] = None,
     resume: ResumeRun = False,
-    port: seen.LinkPort = 8000,
+    port: seen.LinkPort = None,
     wait: seen.WaitSeconds = 600,
     server: Annotated[Path, typer.Option(parser=path, help="What provision init made.")] = Path("fedloom-server"),
     insecure: seen.Insecure = False,
@@ -128,16 +128,17 @@ def serve(
     from fedloom.deployment.keys import open_server
 
     security = None if insecure else open_server(server)
+    link = seen.choose_port(port, security)
     asked = seen.Asked(page, metrics, metrics_names, log_file, log_format, notify)
     watched = out if loaded else server
     with seen.told_when_terminated(), seen.observed("fedloom serve", watched, say, asked) as observers:
         if loaded is None:
             from fedloom.deployment.server.service import serve_queue
 
-            serve_queue(server, port=port, security=security, wait_seconds=wait, observers=observers)
+            serve_queue(server, port=link, security=security, wait_seconds=wait, observers=observers)
         from fedloom.deployment.server.serving import serve
 
-        serve(loaded, out, resume=resume, port=port, security=security, wait_seconds=wait, observers=observers)
+        serve(loaded, out, resume=resume, port=link, security=security, wait_seconds=wait, observers=observers)
 
 
 @app.command()

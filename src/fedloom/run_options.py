@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os.path import isdir, isfile
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
@@ -17,6 +17,9 @@ from fedloom.host.signals import Terminated
 from fedloom.monitoring.observer import Observer, Observers, describe_end
 from fedloom.progress import Say
 from fedloom.text import show_controls
+
+if TYPE_CHECKING:
+    from fedloom.deployment.keys import Security
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -71,9 +74,19 @@ NotifyCommand = Annotated[
     ),
 ]
 
-LinkPort = Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the SuperLink, on the loopback.")]
+LinkPort = Annotated[
+    int | None,
+    typer.Option(
+        "--port",
+        min=0,
+        max=65535,
+        help="Of the SuperLink, on the loopback; `8000` if left out. A server on `localhost` has its kits' own.",
+    ),
+]
 WaitSeconds = Annotated[float, typer.Option("--wait", min=1, help="Seconds that clients have to come.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS and keys, for clients on this machine alone.")]
+LINK_PORT = 8000
+"""Port of the SuperLink where none is typed."""
 TERMINATED = 143
 """Exit code of a command that SIGTERM ended."""
 
@@ -142,6 +155,15 @@ def told_when_terminated() -> Iterator[None]:
 def say(what: str, detail: str) -> None:
     """Print what is done, a word, and what there is to say of it."""
     typer.echo(show_controls(f"{what:<10}{detail}"))
+
+
+def choose_port(typed: int | None, security: Security | None) -> int:
+    """Return the port of the SuperLink; of a local server its kits have it, and it is said where another was typed."""
+    if security and security.is_local:
+        if typed not in (None, security.port):
+            say("port", f"--port {typed} has no effect: kits of a server on {security.host} lead to {security.port}")
+        return security.port
+    return LINK_PORT if typed is None else typed
 
 
 def saying_to(observers: Sequence[Observer], say: Say) -> Say:

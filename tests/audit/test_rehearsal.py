@@ -121,6 +121,20 @@ def test_noise_of_the_seed_is_never_called_private(tmp_path: Path) -> None:
     assert any(NOT_PRIVATE in line for line in describe_audit(record))
 
 
+@pytest.mark.parametrize("allowed", ["tokenizer", "server"])
+def test_an_owner_is_told_that_join_would_refuse_the_recipe_that_is_audited(allowed: str, tmp_path: Path) -> None:
+    """It said that documents are read as by `fedloom join`, which reads none of such a recipe."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
+    recipe = make_recipe(data={"prompt": "{prompt}", "completion": "{completion}", "chat_template": "{{ messages }}"})
+    told = Said()
+    with pytest.raises((DataError, RecipeError)):  # too few documents, after all that is said before
+        rehearse(recipe, tmp_path / "rows.jsonl", Policy(chat_template=allowed), told, KEY, Path("mine.toml"))
+    refused = "fedloom join would not train by this recipe: the policy allows no chat template but the tokenizer's"
+    mend = 'change chat_template (to the template itself, or to "server" for any of a recipe without [privacy]) in mine'
+    assert (refused in told.said) == (mend in told.said) == (allowed == "tokenizer")
+    assert ("read as fedloom join would if the policy allowed it\n" in told.said) == (allowed == "tokenizer")
+
+
 @pytest.mark.long  # two rehearsals
 def test_the_same_key_gives_the_same_audit_and_another_key_other_halves(tmp_path: Path) -> None:
     one, same = (rehearsed(tmp_path, privacy=PRIVATE) for _ in range(2))

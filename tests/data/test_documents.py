@@ -48,7 +48,7 @@ BAD_LINES = {
     "two objects": (b'{"text": "xylophone"} {"text": "xylophone"}', "not valid JSON"),
     "nested deeply": (b'{"text": ' + b"[" * 100_000, "not valid JSON"),
     "number of 5,000 digits": (b'{"text": "xylophone", "id": ' + b"1" * 5_000 + b"}", "not valid JSON"),
-    "JSON list": (b'["xylophone"]', "not a JSON object"),
+    "JSON list": (b'["xylophone"]', "a list, not a JSON object"),
     "JSON string": (b'"xylophone"', "not a JSON object"),
     "JSON null": (b"null", "not a JSON object"),
     "invalid UTF-8": (b'{"text": "xylophone \xff"}', "not UTF-8 text"),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import fedloom
 from fedloom.cli import app
 from fedloom.data.documents import load_documents
-from fedloom.errors import DataError
+from fedloom.errors import DataError, RecipeError
 from fedloom.experiment.recognition import open_recipe
 from fedloom.recipe.data_section import Data
 from fedloom.recipe.loading import recipe_to_toml
@@ -84,6 +84,37 @@ def test_a_key_that_only_such_rows_have_needs_no_column_named(tmp_path: Path, ro
     assert data.own_template == ("{{ messages }}" if "chat_template" in written else None)
 
 
+@pytest.mark.parametrize("key", ["chat_template = '{{ messages }}'", 'system = "Be brief."', 'loss = "assistant"'])
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("rows.jsonl", '[{"text": "a"}]', "if it is one list of rows, name the file .json"),
+        ("rows.jsonl", '{\n "text": "a"\n}', "write each row as one line, or all as a list"),
+        ("rows.jsonl", '{"text": "\xe9"}', "save the file as UTF-8"),
+        ("rows.jsonl", '{"question": "a", "answer": "b"}', "in data.messages; there are answer, question"),
+        ("rows.csv", "question,answer\na,b", "a question's and its answer's in data.prompt and data.completion"),
+        ("rows.json", '{"text": "a"}\n{"text": "b"}', "name it .jsonl if each line is a row"),
+        ("none.jsonl", None, "no such file or folder"),
+    ],
+)
+def test_what_is_wrong_with_a_file_comes_before_a_key_for_conversations(
+    name: str, words: str | None, told: str, key: str, tmp_path: Path
+) -> None:
+    """The key was blamed for there being none, and its owner sent to a column that is not there."""
+    recipe = write(tmp_path, {}, data=key)
+    recipe.write_text(recipe.read_text().replace("rows.jsonl", name))
+    if words is not None:
+        (tmp_path / name).write_text(words, encoding="latin-1")
+    with pytest.raises(DataError) as caught:
+        open_recipe(recipe)
+    assert told in str(caught.value)
+
+
+def test_a_chat_template_on_texts_is_told_all_that_it_could_write(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"set data\.prompt and data\.completion, or data\.messages, or leave it out"):
+        open_recipe(write(tmp_path, {"text": "say 7"}, data="chat_template = '{{ messages }}'"))
+
+
 def test_what_was_found_is_written_down_and_read_again(tmp_path: Path) -> None:
     found = open_recipe(write(tmp_path, {"messages": CHAT}))
     kept = tmp_path / "kept.toml"
@@ -130,6 +161,25 @@ def test_a_header_of_other_names_says_which_keys_name_them(tmp_path: Path) -> No
         load_documents(Data(source=source), 7)
     with pytest.raises(DataError, match=r"name a column of the file's first line, the header$"):
         load_documents(Data(source=source, text="body"), 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("rows.csv", "question,answer\nsay 7,ok."), ("rows.jsonl", '{"question": "q", "answer": "a"}')]
+)
+def test_columns_that_are_there_are_listed_where_a_template_names_another(
+    name: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(words)
+    source = str(tmp_path / name)
+    with pytest.raises(DataError, match=r"; there are answer, question$"):
+        load_documents(Data(source=source, prompt="{question}", completion="{answr}"), 7)
+
+
+def test_a_first_line_without_a_named_column_may_be_a_text_and_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("xylophone,zither\nsay 7,ok.\n")
+    with pytest.raises(DataError) as caught:
+        load_documents(Data(source=str(tmp_path / "rows.csv"), prompt="{question}", completion="{answr}"), 7)
+    assert "xylophone" not in str(caught.value)
 
 
 def test_what_is_refused_then_names_the_key_that_was_found(tmp_path: Path) -> None:

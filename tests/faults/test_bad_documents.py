@@ -41,7 +41,7 @@ INPUTS: dict[str, tuple[bytes, int, str]] = {
     "number": (b'{"text": 5}', 0, "not text"),
     "list": (b'{"text": ["xylophone"]}', 0, "not text"),
     "malformed": (b'{"text": "xylophone', 0, "not valid JSON"),
-    "JSON list": (b'[{"text": "xylophone"}]', 0, "not a JSON object"),
+    "JSON list": (b'[{"text": "xylophone"}]', 0, "a list, not a JSON object"),
     "JSON string": (b'"xylophone"', 0, "not a JSON object"),
     "lone surrogate": (b'{"text": "xylophone \\ud800"}', 0, "not valid Unicode"),
     "Latin-1": ('{"text": "xylophone é"}'.encode("latin-1"), 0, "not UTF-8 text"),

@@ -207,6 +207,17 @@ def test_one_run_is_no_comparison(tmp_path: Path) -> None:
     assert not (tmp_path / "both").exists()
 
 
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_sweep_that_is_not_finished_says_how_many_of_its_runs_are(done: int, tmp_path: Path) -> None:
+    """It asked for another run directory, where the sweep had three and none was done."""
+    for number, name in enumerate("abc"):
+        make_run(tmp_path / "sweep" / name, [3.0, 2.5], state="done" if number < done else "interrupted")
+    (tmp_path / "sweep" / "sweep.json").write_text('{"a": {}, "b": {}, "c": {}}')
+    with pytest.raises(RunError, match=f"/sweep: a comparison needs two runs or more, and {done} of 3 are fin") as told:
+        write_comparison([tmp_path / "sweep"], tmp_path / "both")
+    assert f"fedloom status {tmp_path / 'sweep'} says how" in told.value.mend
+
+
 def test_its_words_follow_its_numbers(tmp_path: Path) -> None:
     half = {round: {"bytes_up": 1500, "bytes_down": 1500} for round in range(1, 5)}
     quick = make_run(tmp_path / "quick", [3.0, 2.2, 1.9, 2.0, 2.1], name="quick", more=half)

@@ -48,7 +48,7 @@ def audit_to(
         raise RecipeError("a rehearsal needs documents", where="--data", mend="name yours: --data PATH")
     else:
         loaded = open_recipe(asked, [*overrides])
-        record = rehearse(loaded, data, with_options(load_policy(policy), **own), observer)
+        record = rehearse(loaded, data, with_options(load_policy(policy), **own), observer, file=policy)
     home = to or (folder if is_run else Path("audits") / f"{record['recipe']}-{datetime.now():%Y%m%d-%H%M%S}")
     page = write_audit(record, home)
     yield from describe_audit(record)

@@ -26,7 +26,7 @@ from fedloom.data.documents import Document, normalise
 from fedloom.data.tokens import TokenBlocks
 from fedloom.deployment.client.documents import gather_client
 from fedloom.deployment.client.policy import Policy
-from fedloom.deployment.client.refusals import as_owner_wrote
+from fedloom.deployment.client.refusals import as_owner_wrote, as_served, find_refusals, mend_policy
 from fedloom.deployment.client.terms import least_noise, take_terms
 from fedloom.errors import DataError
 from fedloom.experiment.building import hold, load_adapted_model, tokenize_for
@@ -57,11 +57,12 @@ class Halves(NamedTuple):
 
 
 def rehearse(
-    recipe: Recipe, path: Path, policy: Policy, observer: Observer, key: bytes | None = None
+    recipe: Recipe, path: Path, policy: Policy, observer: Observer, key: bytes | None = None, file: Path | None = None
 ) -> dict[str, Any]:
     """Train a recipe's rounds on half of the documents at a path, attack what would be sent, and return the record.
 
     `key` decides who is a member, what the made-up secrets are, and the noise; it is drawn anew where it is left out.
+    What the policy, written in `file` or nowhere, refuses of the recipe is said: an audit is for who has not said yes.
 
     Raises:
         DataError: the documents can't be read, or are too few.
@@ -70,9 +71,13 @@ def rehearse(
     """
     started, key = time.perf_counter(), key or os.urandom(SECRET_BYTES)
     say, watch, rounds = observer.show_step, observer.watch, recipe.federation.rounds
+    if refusals := [*find_refusals(policy, as_served(policy, recipe))]:
+        whys = "; ".join(why for _, why in refusals)
+        say("refused", f"fedloom join would not train by this recipe: the policy {whys}")
+        say("mend", mend_policy((key for key, _ in refusals), file))
     recipe = as_owner_wrote(policy, recipe)
     bound = recipe.privacy if recipe.bounds_documents else None
-    say("documents", "read as fedloom join would")
+    say("documents", f"read as fedloom join would{' if the policy allowed it' if refusals else ''}")
     source, documents, members, others = gather_halves(recipe, path, policy, key)
     terms = None
     if bound:

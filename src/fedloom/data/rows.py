@@ -111,7 +111,9 @@ def _read_jsonl(path: Path, origin: str, data: Data) -> Rows:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise UnreadableError("not valid JSON") from None
+            raise UnreadableError(NOT_JSON) from None
+        if isinstance(row, list):
+            raise UnreadableError(NO_ROW)
         return _as_object(row)
 
     return _rows_of_lines(path, origin, parse)
@@ -122,7 +124,8 @@ def _read_json(path: Path, origin: str, data: Data) -> Rows:
         try:
             rows = json.loads(file.read().decode("utf-8-sig"))
         except (ValueError, RecursionError):  # not UTF-8 among them
-            raise DataError("not valid JSON", where=str(path), mend="create the file again") from None
+            mend = "write it as one list of rows, or name it .jsonl if each line is a row"
+            raise DataError("not valid JSON", where=str(path), mend=mend) from None
     if not isinstance(rows, list):
         raise DataError(
             "not a list of rows", where=str(path), mend='write it as [{"text": "..."}, ...], or as .jsonl, a row a line'
@@ -180,8 +183,10 @@ def _check_header(data: Data, header: list[str], path: Path, separator: str) -> 
     mend = "name a column of the file's first line, the header"
     if data.is_plain and "text" not in data.model_fields_set:
         mend = f"name columns of the file's first line, the header: {CHOICES}"
-    # The columns are not listed: in a file without a header, the first line is a document's text.
     wanted = columns_of(data)
+    # Without one that is named, no column is listed: in a file without a header, the first line is a document's text.
+    if not {*wanted.values()}.isdisjoint(header):
+        mend += f"; there are {_name(header)}"
     for column in set(wanted.values()) & {name.strip() for name in header} - set(header):
         mend = f'take the blanks around "{column}" out of the file\'s first line'
     first = next(iter(wanted.values()))
@@ -288,7 +293,13 @@ NOT_KEPT = "whose earlier text the chat template changes as a conversation goes 
 """Reason of a row in which an assistant's turn can't be found by what is written before it."""
 A_LIST = "with a list of messages in data.completion"
 """Reason of a row that is a conversation where the recipe has no chat template for it."""
+NOT_JSON = "not valid JSON"
+"""Reason of a line that is no row of its own, as those of JSON that is written over several."""
+NO_ROW = "a list, not a JSON object"
+"""Reason of a line that is a list: of rows, or a row without columns."""
 MENDS = {
+    NOT_JSON: "write each row as one line, or all as a list in a file that is named .json",
+    NO_ROW: 'if it is one list of rows, name the file .json; else write each row as {"text": "..."}',
     A_LIST: 'set data.chat_template = "tokenizer", or name a template',
     "not valid Unicode": "save the file as UTF-8",
     "not UTF-8 text": "save the file as UTF-8",
@@ -324,12 +335,14 @@ def mend_rows(skipped: Mapping[str, int], data: Data, columns: Collection[str], 
         if "instruction" in columns and "output" in columns:
             return "set data.prompt and data.completion as `fedloom recipes alpaca` has them"
         if columns and "text" not in data.model_fields_set:
-            return f"name their columns: {CHOICES}"
+            return f"name their columns: {CHOICES}; there are {_name(columns)}"
         if columns:
             return f"set data.text to the column that holds the text; there are {_name(columns)}"
     by = data.partition.by
     if by is not None and columns and by.partition(".")[0] not in columns:
         return f"set data.partition.by to a column that is there: {_name(columns)}"
+    if columns and any(not {name, name.partition(".")[0]} & {*columns} for name in data.needed_columns):
+        return f"check {name_keys(data, is_folder=is_folder)}; there are {_name(columns)}"
     commonest = max(skipped, key=lambda reason: skipped[reason], default="")
     return MENDS.get(commonest, f"check {name_keys(data, is_folder=is_folder)}")
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedloom.data.documents import load_documents
 from fedloom.data.rows import CHATS, UnreadableError, format_of, read_rows
 from fedloom.errors import DataError
 from fedloom.progress import Say
@@ -62,12 +63,17 @@ def open_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = (),
 
     Raises:
         RecipeError: as `load_recipe`.
+        DataError: as `recognise_rows`.
     """
     return load_recipe(source, overrides, recognise_rows, say)
 
 
 def recognise_rows(data: Data) -> dict[str, str]:
-    """Return the keys of `data` by which a file's rows are read; none where the recipe has some, or nothing fits."""
+    """Return the keys of `data` by which a file's rows are read; none where the recipe has some, or nothing fits.
+
+    Raises:
+        DataError: a file has neither texts nor what a key of the recipe that is for conversations alone needs.
+    """
     if not data.is_plain or "text" in data.model_fields_set or _first_row(data) is not None:
         return {}
     for keys, fits in KINDS:
@@ -76,7 +82,20 @@ def recognise_rows(data: Data) -> dict[str, str]:
         row = _first_row(told)
         if row is not None and all(fits(row[column]) for column in told.needed_columns):
             return unsaid
+    _check_file(data)
     return {}
+
+
+def _check_file(data: Data) -> None:
+    """Refuse a file without texts where a recipe wants conversations: the keys would be blamed for the file's fault.
+
+    Raises:
+        DataError: as `load_documents`, of texts.
+    """
+    unsaid: dict[str, Any] = {key: None for key in ("chat_template", "system", "loss") if key in data.model_fields_set}
+    if unsaid and format_of(Path(data.source)):
+        # One text is enough, whatever the rows before it are.
+        load_documents(data.model_copy(update={**unsaid, "max_bad_fraction": 1.0}), None, at_most=1)
 
 
 def _first_row(data: Data) -> Row | None:

@@ -216,7 +216,7 @@ CLASHES = (
         ),
         "data.chat_template",
         "a chat template writes conversations, and there are none",
-        "set data.messages, or leave it out",
+        "set data.prompt and data.completion, or data.messages, or leave it out",
     ),
     Clash(
         lambda recipe: recipe.data.system is not None and not recipe.data.is_chat,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 from typing import Any
 
@@ -63,7 +64,7 @@ def write_comparison(
     """
     runs = [read_run(run) for folder in folders for run in runs_in(Path(folder))]
     if len(runs) < 2:
-        raise RunError("a comparison needs two runs or more", where="fedloom compare", mend="add another run directory")
+        raise _too_few(folders)
     for run in runs:
         if [record["round"] for record in run.rounds] != list(range(len(run.rounds))):
             raise RunError("its rounds are not one after another", where=str(run.folder / "rounds.jsonl"), mend=MEND)
@@ -85,6 +86,17 @@ def runs_in(folder: Path) -> list[Path]:
     if not is_sweep(folder):
         return [folder]
     return [folder / name for name in list_runs(folder) if is_done(folder / name)]
+
+
+def _too_few(folders: Sequence[str | Path]) -> RunError:
+    """Return the error of fewer than two runs; of a sweep it says how many are finished."""
+    what, another = "a comparison needs two runs or more", "add another run directory"
+    for sweep in filter(is_sweep, (Path(folder).expanduser() for folder in folders)):
+        finished, asked = len(runs_in(sweep)), len(list_runs(sweep))
+        if finished < asked:
+            mend = f"finish them: fedloom status {quote(str(sweep))} says how; or {another}"
+            return RunError(f"{what}, and {finished} of {asked} are finished", where=str(sweep), mend=mend)
+    return RunError(what, where="fedloom compare", mend=another)
 
 
 def summarize(runs: Sequence[Run], arms: Arms | None) -> list[str]:

@@ -114,6 +114,52 @@ def test_a_preflight_of_conversations_says_which_recipe_reads_them(kit: Path) ->
     assert "secret" not in shown
 
 
+PAIRS = """
+name = "pairs"
+[model]
+source = "random:tiny-llama"
+[data]
+source = "python:functions"
+prompt = "Q: {question}"
+completion = "{answer}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines", "told"),
+    [
+        ("", '{"question": "q", "answer": "a"}', "6 documents can be read"),
+        ("", '{"question": "q"}', "without text in column answer"),
+        ('chat_template = "tokenizer"', '{"question": "q", "answer": "a"}', "conversations that the recipe reads"),
+        ('chat_template = "tokenizer"', '{"text": "a text"}', "without text in column question"),
+        ("[privacy]\nepsilon = 8.0\ndelta = 1e-3", '{"question": "q", "answer": "a"}', "6 documents can be read"),
+        ("[privacy]\nepsilon = 8.0\ndelta = 1e-3", '{"question": "q"}', "without text in column answer"),
+    ],
+)
+def test_a_preflight_judges_documents_by_the_columns_of_its_recipe(
+    changes: str, lines: str, told: str, kit: Path
+) -> None:
+    """It wanted a column of texts, which such a recipe reads none of: `join` took the documents that it refused."""
+    rows, recipe = kit.parent / "pairs.jsonl", kit.parent / "pairs.toml"
+    rows.write_text(f"{lines}\n" * 6)
+    recipe.write_text(PAIRS + changes)
+    shown = said(
+        "preflight", kit, recipe, "--data", rows, "--columns", "question", "--columns", "answer", code=1
+    ).splitlines()
+    (found,) = (line for line in shown if line[8:].startswith("documents"))
+    assert told in found
+    assert found.startswith("NO") == ("without text" in told)
+
+
+def test_a_preflight_names_the_option_for_columns_that_a_recipe_reads(kit: Path) -> None:
+    rows, recipe = kit.parent / "pairs.jsonl", kit.parent / "pairs.toml"
+    rows.write_text('{"question": "q", "answer": "a"}\n' * 6)
+    recipe.write_text(PAIRS)
+    shown = said("preflight", kit, recipe, "--data", rows, code=1)
+    _, found = shown.split("NO      documents")
+    assert "if you mean to allow that, change columns (or --columns) in a policy" in found.splitlines()[1]
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

@@ -1,6 +1,7 @@
 """SuperLink of a server: another user of its machine operates nothing there; and its clients' keys."""
 
 import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -23,6 +24,7 @@ from fedloom.deployment.server import superlink
 from fedloom.deployment.server.superlink import SuperLink
 from fedloom.errors import DeploymentError
 from fedloom.host.frames import Frame
+from fedloom.run_options import choose_port
 
 
 @pytest.mark.timeout(900)
@@ -67,6 +69,38 @@ def scripted(tmp_path: Path) -> Iterator[tuple[ScriptedSuperLink, list[str]]]:
     with private_folder() as folder, closing(ScriptedSuperLink(folder, security, said)) as link:
         link.open()
         yield link, said
+
+
+@pytest.mark.parametrize(
+    ("host", "mend"),
+    [
+        ("localhost", "fedloom provision init --host localhost --port N --server FOLDER"),
+        ("fed.example.org", "choose another with --port"),
+    ],
+)
+def test_a_port_that_is_taken_is_told_with_what_leads_to_another(
+    host: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(superlink, "FREE_SECONDS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as taken, private_folder() as folder:
+        security = keys.init(tmp_path / "server", host, port := taken.getsockname()[1])
+        with closing(SuperLink(folder, port, security, lambda *_: None)) as link:
+            with pytest.raises(DeploymentError, match=f"port {port} is taken") as caught:
+                link.open()
+            assert mend in caught.value.mend
+
+
+def test_a_local_server_has_its_kits_port_and_says_so_where_another_is_typed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = keys.init(tmp_path / "local", "localhost", 8501)
+    far = keys.init(tmp_path / "far", "fed.example.org", 8501)
+    assert [choose_port(typed, local) for typed in (None, 8501)] == [8501, 8501]
+    assert [choose_port(typed, far) for typed in (None, 8502)] == [8000, 8502]
+    assert [choose_port(typed, None) for typed in (None, 8502)] == [8000, 8502]
+    assert not capsys.readouterr().out
+    assert choose_port(8502, local) == 8501
+    assert "--port 8502 has no effect: kits of a server on localhost lead to 8501" in capsys.readouterr().out
 
 
 def names_of(link: SuperLink) -> list[str]:

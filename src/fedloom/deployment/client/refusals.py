@@ -15,6 +15,7 @@ from fedloom.errors import PolicyError
 from fedloom.hub import COMMIT, MODEL_ID
 from fedloom.recipe.data_section import TOKENIZERS
 from fedloom.recipe.privacy_section import CLIENT, DOCUMENT
+from fedloom.recipe.recipe import pin
 from fedloom.records.privacy import name_units
 
 if TYPE_CHECKING:
@@ -22,12 +23,23 @@ if TYPE_CHECKING:
     from fedloom.recipe.recipe import Recipe
     from fedloom.training.jobs import ClientTask
 
+COMMIT_OF_THE_SERVER = "0" * 40
+"""Stand-in for the commit that `fedloom serve` names of a model of the hub, whatever its recipe says."""
 DRAWN = "random:"
 """Beginning of the names of models whose weights are drawn, which anybody may ask for."""
 WHOLE = ("modules_to_save",)
 """Options of PEFT's methods that train whole layers, as `full` does."""
 ROWS = ("trainable_token_indices",)
 """Options of PEFT's methods that train rows of the embedding."""
+
+
+TO_WHAT = {
+    # Of those that `with_options` takes, a recipe can only ask for another column.
+    "text": " (or --text)",
+    "columns": " (or --columns)",
+    "chat_template": f' (to the template itself, or to "{SERVERS}" for any of a recipe without [privacy])',
+}
+"""Keys of a policy, each with how else it is said, or with what it may be, where no refusal says that."""
 
 
 class Refusal(NamedTuple):
@@ -152,10 +164,17 @@ def _refuse_model(policy: Policy, recipe: Recipe) -> Iterator[Refusal]:
         yield Refusal("models", f'allows "{model.source}" at another commit')
 
 
+def as_served(policy: Policy, recipe: Recipe) -> Recipe:
+    """Return a recipe as a server tells it: with the commit that its branch stands for, where no policy names one."""
+    pinned = recipe.model.revision is not None and COMMIT.fullmatch(recipe.model.revision)
+    if pinned or any(entry["commit"] for entry in policy.pins(recipe.model.source)):
+        return recipe
+    return pin(recipe, {"model_revision": COMMIT_OF_THE_SERVER})
+
+
 def mend_policy(keys: Iterable[str], file: Path | None) -> str:
     """Return what a policy's owner does to allow what these keys refuse; `file` is where they wrote it."""
-    # Of those that `with_options` takes, a recipe can only ask for another column.
-    named = ", ".join(f"{key} (or --{key})" if key in ("text", "columns") else key for key in keys)
+    named = ", ".join(key + TO_WHAT.get(key, "") for key in keys)
     where = file or "a policy file (fedloom join --write-policy FILE writes one)"
     return f"if you mean to allow that, change {named} in {where}"
 

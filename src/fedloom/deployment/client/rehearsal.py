@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fedloom.deployment.client.account import ANOTHER_RUN, find_run, open_budget
 from fedloom.deployment.client.first_use import is_confirmed
@@ -19,21 +19,17 @@ from fedloom.deployment.client.own_documents import check_there, load_client, me
 from fedloom.deployment.client.policy import Policy, load_policy, with_options
 from fedloom.deployment.client.preflight import AbsentError, greet_server
 from fedloom.deployment.client.reading import describe_limits
-from fedloom.deployment.client.refusals import find_refusals, mend_policy
+from fedloom.deployment.client.refusals import as_served, find_refusals, mend_policy
 from fedloom.deployment.client.secret import check_secret, secret_path
 from fedloom.deployment.client.task_file import describe_tasks
 from fedloom.deployment.processes import check_flower
-from fedloom.errors import DataError, DeploymentError, FedloomError, MessageError, RecipeError
+from fedloom.errors import DataError, DeploymentError, FedloomError, MessageError, PolicyError, RecipeError
 from fedloom.experiment.recognition import open_recipe, recognise_rows
 from fedloom.host.machine import Finding
-from fedloom.hub import COMMIT
 from fedloom.recipe.data_section import Data
-from fedloom.recipe.recipe import Recipe, pin
+from fedloom.recipe.recipe import Recipe
 from fedloom.records.privacy import NOT_PRIVATE, name_unit, name_units
-from fedloom.text import count
-
-COMMIT_OF_THE_SERVER = "0" * 40
-"""Stand-in for the commit that `fedloom serve` names of a model of the hub, whatever its recipe says."""
+from fedloom.text import count, list_reasons
 
 
 def rehearse(
@@ -61,6 +57,8 @@ def rehearse(
             is_own = what == "policy"
             mends = filter(None, (error.mend, "" if is_own else mend_of_server(error)))
             otherwise = "change it there" if is_own else "ask the server's owner"
+            if isinstance(error, PolicyError):
+                otherwise = mend_policy(error.keys, policy)
             return Finding(what, f"{where}{error.what}", "; ".join(mends) or otherwise)
         return Finding(what, words)
 
@@ -72,12 +70,12 @@ def rehearse(
     yield look("policy", lambda: _read_policy(policy, options))
     if place := journal or ("kit" in found and found["kit"].journal):
         yield look("journal", lambda: _read_journal(place, found.get("policy", Policy())))
-    if "policy" in found and data:
-        yield look("documents", lambda: _count_documents(data, found["policy"]))
-    if tasks:
-        yield look("tasks", lambda: (describe_tasks(tasks, found.get("policy", Policy())), None))
     if recipe:
         yield look("recipe", lambda: ((loaded := open_recipe(recipe)).name, loaded))
+    if "policy" in found and data:
+        yield look("documents", lambda: _count_documents(data, found["policy"], found.get("recipe")))
+    if tasks:
+        yield look("tasks", lambda: (describe_tasks(tasks, found.get("policy", Policy())), None))
     if recipe and "recipe" in found and "policy" in found:
         yield from judge_recipe(found["policy"], found["recipe"], policy)
         yield from weigh_recipe(found["policy"], found["recipe"], place or None, data, found.get("documents"), policy)
@@ -131,24 +129,52 @@ def _read_journal(path: Path, policy: Policy) -> tuple[str, None]:
     return f"{path}: {'; '.join(counts)}", None
 
 
-def _count_documents(path: Path, policy: Policy) -> tuple[str, int | None]:
-    """Return what is there, and how many rows, where that does not depend on a recipe."""
+class _IsConversationError(Exception):
+    """A row that is a conversation: how it reads, the tokenizer of a model says, which a rehearsal does not fetch."""
+
+
+def _open_no_tokenizer() -> NoReturn:
+    raise _IsConversationError
+
+
+def _count_documents(path: Path, policy: Policy, recipe: Recipe | None) -> tuple[str, int | None]:
+    """Return what is there, by a recipe's columns if there is one, and how many rows; None where a run alone can tell.
+
+    Raises:
+        DataError: they can't be read, or are too few.
+        PolicyError: a column was read that only looks like a part of one that the policy allows.
+    """
     check_there(path)
     split = read_split(path)
-    if keys := recognise_rows(Data(source=str(split[0] if split else path))):
+    file = split[0] if split else path
+    asked, private = (recipe.data, recipe.bounds_documents) if recipe else (Data(source=str(path)), False)
+    if not recipe and (keys := recognise_rows(Data(source=str(file)))):
         columns = [name for name in ("messages", "prompt", "completion") if name in keys]
         named = " and ".join(f"data.{name} = '{keys[name]}'" for name in columns)
         return f"rows that a recipe with {named} reads: they are counted when its run begins", None
-    rows = load_client(Data(source=str(path)), split[0] if split else path, policy)
+    try:
+        rows = load_client(asked, file, policy, open_tokenizer=_open_no_tokenizer, private=private)
+    except _IsConversationError:
+        return "conversations that the recipe reads: they are counted when its run begins", None
     found = len(rows.documents)
-    if found < policy.min_documents:
+    places = found + sum(rows.skipped.values())
+    # In a private run a row keeps its place, whatever it says.
+    if (there := places if private else found) < policy.min_documents:
         raise DataError(
-            f"{count(found, 'document')}: policy.min_documents wants {policy.min_documents} to train on",
+            f"{count(there, 'document')}: policy.min_documents wants {policy.min_documents} to train on",
             where=f"--data {path}",
             mend="bring more of them",
         )
+    if not found:
+        raise DataError(
+            f"a run would learn nothing of them: {list_reasons(rows.skipped)}",
+            where=f"--data {path}",
+            mend="bring documents with the columns of the recipe",
+        )
     told = f"{count(found, 'document')} can be read{' to train on' if split else ''}"
-    return told, found + sum(rows.skipped.values())
+    if private and rows.skipped:
+        told += f"; {places:,} are counted, with rows that give no document ({list_reasons(rows.skipped)})"
+    return told, places
 
 
 def weigh_recipe(
@@ -220,12 +246,8 @@ def _count_values(recipe: Recipe, path: Path, policy: Policy) -> int | None:
 
 def judge_recipe(policy: Policy, recipe: Recipe, file: Path | None = None) -> Iterator[Finding]:
     """Yield all that a policy, written in a file or nowhere, refuses of a recipe, or that it allows it."""
-    # A server tells the commit that its recipe's branch stands for.
-    pinned = recipe.model.revision is not None and COMMIT.fullmatch(recipe.model.revision)
-    if not pinned and not any(entry["commit"] for entry in policy.pins(recipe.model.source)):
-        recipe = pin(recipe, {"model_revision": COMMIT_OF_THE_SERVER})
     refused = False
-    for key, why in find_refusals(policy, recipe):
+    for key, why in find_refusals(policy, as_served(policy, recipe)):
         refused = True
         yield Finding(
             "recipe", f"the policy {why}", f"{mend_policy((key,), file)}; or ask the server's owner for another recipe"

@@ -114,9 +114,7 @@ class SuperLink:
         while self._listens():
             self._check()
             if time.monotonic() > free_by:
-                raise DeploymentError(
-                    f"port {self._port} is taken", mend="end whatever listens there, or choose another with --port"
-                )
+                raise DeploymentError(f"port {self._port} is taken", mend=mend_port(self._security))
             time.sleep(0.2)
         words = ["--host", "127.0.0.1", "--port", str(self._port)]
         # Flower would install what an app asks for, and start its apps itself: the first is no app's business, and
@@ -327,6 +325,16 @@ class SuperLink:
             answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
             return answer
         raise DeploymentError(f"{program} failed: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
+
+
+def mend_port(security: Security | None) -> str:
+    """Return what to do about a port that is taken: a local server's is written in its kits."""
+    if security and security.is_local:
+        return (
+            "end whatever listens there; or make another server, and new kits of it: fedloom provision init --host"
+            f" {security.host} --port N --server FOLDER"
+        )
+    return "end whatever listens there, or choose another with --port"
 
 
 def read_answer(found: Frame) -> Answer | None:
