@@ -343,8 +343,8 @@ def test_a_run_of_a_sweep_that_lost_its_recipe_is_made_anew_once_it_is_away(reci
     folder = sweep(recipe_file, ["seed=1,2"], tmp_path / "sweep", Observer())
     lost, before = folder / "seed=2", numbers(folder / "seed=2")
     (lost / "resolved.json").unlink()
-    what = f"{lost}: not a run directory: it has no resolved.json; move the folder away, and its sweep makes the run"
-    assert f"run       seed=2: {what} anew" in [*describe(folder)]
+    what = f"{lost}: not a run directory: it has no resolved.json; restore it, or move the folder away, and its sweep"
+    assert f"run       seed=2: {what} makes the run anew" in [*describe(folder)]
     with pytest.raises(RunError, match=f"1 of 2 runs failed, seed=2 for one: {what}"):
         sweep(recipe_file, ["seed=1,2"], folder, Observer())
     lost.rename(tmp_path / "away")

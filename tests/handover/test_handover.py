@@ -1,6 +1,7 @@
 """What is done with an adapter afterwards: it stays the same."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,26 @@ def test_an_exported_adapter_is_the_runs(finished: Run, tmp_path: Path) -> None:
     files = {path.name for path in (tmp_path / "out" / "adapter").iterdir()}
     assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"),
+    [
+        ("recipe.toml", "recipe.toml is missing; see what else is: fedloom fsck RUN"),
+        ("adapters/best", 'no adapter "best"; go on with fedloom run --resume, which writes it again'),
+        ("resolved.json", "it has no resolved.json; restore it, or begin again elsewhere"),
+    ],
+)
+def test_what_a_run_lost_is_named_where_its_adapter_is_asked_for(
+    lost: str, says: str, finished: Run, tmp_path: Path
+) -> None:
+    """A pipe in a file's place would be waited for."""
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    shutil.rmtree(folder / lost) if (folder / lost).is_dir() else (folder / lost).unlink()
+    os.mkfifo(folder / lost)
+    with pytest.raises(RunError) as caught:
+        export(folder, tmp_path / "out")
+    assert says in str(caught.value)
 
 
 def test_a_merged_model_opens_without_peft_and_says_the_same(finished: Run, tmp_path: Path) -> None:

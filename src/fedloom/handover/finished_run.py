@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import isfile
 from pathlib import Path
 
 from fedloom.adapters.adapted_model import AdaptedModel
@@ -17,9 +18,11 @@ def recipe_of(folder: Path) -> Recipe:
     """Return a run's recipe, pinned to the commits that the run used: a hub's main branch may have moved on.
 
     Raises:
-        RunError: there is no such run.
+        RunError: there is no such run, or it lost its recipe.
     """
     run = read_run(folder)
+    if not isfile(run.folder / "recipe.toml"):  # and no pipe, which would be waited for
+        raise RunError("recipe.toml is missing", where=str(folder), mend=MEND)
     return pin(load_recipe(run.folder / "recipe.toml"), run.plan)
 
 
@@ -45,7 +48,10 @@ def adapter_folder(folder: Path, which: str | int) -> Path:
         )
     source = folder / "adapters" / which
     if not source.is_dir():
-        raise RunError(f'no adapter "{which}"', where=str(folder), mend="it has one when its first round is complete")
+        mend = "it has one when its first round is complete"
+        if read_run(folder).rounds:
+            mend = "go on with fedloom run --resume, which writes it again"
+        raise RunError(f'no adapter "{which}"', where=str(folder), mend=mend)
     return source
 
 

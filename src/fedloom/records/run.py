@@ -150,9 +150,8 @@ class Run:
         Raises:
             RunError: there is none.
         """
-        for record in self.rounds:
-            if record["round"] == round:
-                return record
+        if found := [record for record in self.rounds if record["round"] == round]:
+            return found[0]
         raise RunError(f"rounds.jsonl lacks round {round}", where=str(self.folder), mend=MEND)
 
     @property
@@ -271,8 +270,11 @@ def read_run(folder: str | Path) -> Run:
             some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             raise RunError("a sweep, and not one of its runs", where=str(folder), mend=f"name one in it: {some}")
         why = "it has no resolved.json" if isdir(folder) else "there is no such folder"
-        swept = has_plan(folder) and folder.resolve().name in read_sweep(folder.resolve().parent)
-        mend = "move the folder away, and its sweep makes the run anew" if swept else ""
+        mend = ""
+        if has_plan(folder):
+            swept = folder.resolve().name in read_sweep(folder.resolve().parent)
+            anew = "move the folder away, and its sweep makes the run anew" if swept else "begin again elsewhere"
+            mend = f"restore it, or {anew}"
         raise RunError(f"not a run directory: {why}", where=str(folder), mend=mend)
     asked = _read_checked(folder / EVALUATIONS, EvaluationRecord)
     return Run(

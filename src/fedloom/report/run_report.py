@@ -365,10 +365,8 @@ def _spread(found: figures.Spread, form: str) -> str:
     return f"{found.mean:{form}} ± {found.deviation:{form}}"
 
 
-def _without_none(section: Record) -> Record:
+def _without_none(value: Any) -> Any:
     # TOML has no null; a key that is left out means the same.
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in section.items()
-        if value is not None
-    }
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value if inner is not None] if isinstance(value, list) else value
