@@ -36,17 +36,18 @@ def test_a_row_has_what_is_on_record_of_its_client(tmp_path: Path) -> None:
     run = made(tmp_path / "run", baselines=ALONE, personalised=OWN)
     worth = worth_of(run)
     assert (worth[0].before, worth[0].alone, worth[0].together, worth[0].personalised) == (3.0, 1.8, 1.6, 1.2)
-    assert worth[0].gain == pytest.approx(0.6)
+    assert (worth[0].gain, worth[0].went_on) == (pytest.approx(0.2), pytest.approx(0.4))
     assert (worth[1].together, worth[1].personalised) == (1.4, None)
     assert worth[1].gain == pytest.approx(-0.1)
     write_report(run.folder)
     text = (run.folder / "report.md").read_text()
-    assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | 1.2000 | +0.6000 |" in text
+    assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | 1.2000 | +0.2000 |" in text
     assert "| client 1 | 3.1000 | 1.3000 | 1.4000 |  | -0.1000 |" in text
     assert (
         "Judged by each client's own hold-out, of 3 clients 1 did better by taking part than alone, 1 did worse, with 1"
-        " the two are alike." in text
+        " the two are alike. When they had gone on by themselves, of 1 client 1 did better than before." in text
     )
+    assert "beats the one that it trained alone. What going on by itself brought is not in it" in text
     assert "Alone, a client trained as long as it did in the federation. By itself afterwards, it trained" in text
     assert "own texts is 22.1 % more likely than with the one that it trained alone; when it has gone on by" in text
     assert "when it has gone on by itself, it is 49.2 % more likely than before." in text
@@ -138,8 +139,9 @@ def test_losses_in_words(nats: float, said: str) -> None:
     assert likelier(nats) == said
 
 
-def test_a_gain_is_that_of_the_better_adapter() -> None:
+def test_a_gain_is_that_of_taking_part_and_not_of_more_passes() -> None:
     assert Worth(alone=1.7, together=1.6, personalised=1.8).gain == pytest.approx(0.1)
-    assert Worth(alone=1.7, together=1.6, personalised=1.5).gain == pytest.approx(0.2)
-    assert Worth(alone=1.7, personalised=1.5).gain == pytest.approx(0.2)
+    assert Worth(alone=1.7, together=1.8, personalised=1.5).gain == pytest.approx(-0.1)
+    assert Worth(alone=1.7, together=1.8, personalised=1.5).went_on == pytest.approx(0.3)
+    assert Worth(alone=1.7, personalised=1.5).gain is Worth(alone=1.7, personalised=1.5).went_on is None
     assert Worth(alone=1.7).gain is Worth(together=1.7).gain is None

@@ -38,9 +38,16 @@ class Worth:
 
     @property
     def gain(self) -> float | None:
-        """Nats per token by which the better of the two adapters that it may use beats its own; None: not known."""
-        shared = [loss for loss in (self.together, self.personalised) if loss is not None]
-        return None if self.alone is None or not shared else self.alone - min(shared)
+        """Nats per token by which the global adapter beats the client's own; None: not known.
+
+        What going on by itself brought is no part of it: a client alone did not train that much longer.
+        """
+        return None if self.alone is None or self.together is None else self.alone - self.together
+
+    @property
+    def went_on(self) -> float | None:
+        """Nats per token by which the loss fell as the client went on by itself; None: not known."""
+        return None if self.together is None or self.personalised is None else self.together - self.personalised
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,9 @@ _OWN: Mapping[str, Callable[[Run], str]] = {
     "alone": _explain_alone,
     "personalised": lambda run: "By itself afterwards, it trained on top of the federation's rounds.",
     "gain": lambda run: (
-        "Its gain is by how much the better of what it has together beats the adapter that it trained alone."
+        "Its gain is by how much the shared adapter beats the one that it trained alone."
+        + " What going on by itself brought is not in it: alone, no client trained that much longer."
+        * any("loss" in told for told in run.personalised.get("clients", {}).values())
     ),
 }
 """Explanation of a client's own losses, by the column that it explains."""
@@ -226,16 +235,25 @@ def likelier(nats: float) -> str:
 
 
 def _decide(found: Sequence[Worth]) -> str:
-    """Say for how many clients taking part was worth it; nothing where that is not known of any."""
+    """Say for how many clients taking part was worth it, and apart, going on; nothing where that is not known."""
     gains = [gain for worth in found if (gain := worth.gain) is not None]
+    moved = [moved for worth in found if (moved := worth.went_on) is not None]
     if not gains:
         return ""
+    text = f"Judged by each client's own hold-out, {_count_better(gains, 'by taking part than alone')}."
+    if moved:
+        text += f" When they had gone on by themselves, {_count_better(moved, 'than before')}."
+    return text
+
+
+def _count_better(gains: Sequence[float], than: str) -> str:
+    """Say how many clients did better, and how many worse, by so many nats per token each."""
     apart = [gain for gain in gains if not figures.are_alike(gain)]
     better, alike = sum(gain > 0 for gain in apart), len(gains) - len(apart)
-    said = [f"{better} did better by taking part than alone"]
+    said = [f"{better} did better {than}"]
     said += [f"{len(apart) - better} did worse"] * (better < len(apart))
     said += [f"with {alike} the two are alike"] * (alike > 0)
-    return f"Judged by each client's own hold-out, of {count(len(gains), 'client')} {', '.join(said)}."
+    return f"of {count(len(gains), 'client')} {', '.join(said)}"
 
 
 def _say(client: int, worth: Worth, *, central: bool) -> str:
