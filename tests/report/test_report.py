@@ -24,7 +24,7 @@ from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import to_markdown
 from fedloom.report.figures import client_work, reach, roughness
-from fedloom.report.plots import Plot, draw
+from fedloom.report.plots import Line, Plot, draw
 from fedloom.report.run_report import build_report, load_reference, write_report
 from fedloom.report.setup_section import LORA_RULES
 
@@ -294,6 +294,16 @@ def test_the_best_round_and_the_onset_are_marked(tmp_path: Path) -> None:
     assert "overfitting" not in draw(
         next(figure for figure in build_report(falling).figures if figure.name == "loss").plot
     )
+
+
+def test_marks_of_many_rounds_do_not_hide_the_dashes_that_tell_lines_apart() -> None:
+    def draw_rounds(number: int, *, joined: bool = True) -> int:
+        lines = [Line(name, range(number), range(number), joined=joined) for name in ("one", "two")]
+        return draw(Plot(lines, x_label="round", y_label="loss")).count("<use")
+
+    assert draw_rounds(40) > 2 * 40
+    assert draw_rounds(41) < 41, "ticks alone"
+    assert draw_rounds(41, joined=False) > 2 * 41, "points without a line are all there is"
 
 
 @pytest.mark.parametrize(
