@@ -147,12 +147,12 @@ def test_where_shares_are_capped_the_middle_client_judges_them_as_it_judges_the_
 @pytest.mark.parametrize(("scored", "said"), [(2, "the hold-outs of 2 of 3 clients"), (3, "all clients' hold-outs")])
 def test_whose_hold_outs_judge_is_said(scored: int, said: str, tmp_path: Path) -> None:
     lists = [[3.0, 2.5, 2.4]] * scored
-    clients = [{"train_documents": 10, "holdout_documents": 2, "holdout_tokens": 9, "steps": 2}] * 3
+    clients = [{"train_documents": 10, "holdout_documents": 11, "holdout_tokens": 9, "steps": 2}] * 3
     told = {"local": {"0": {"losses": [3.0, 2.6], "tokens": 5}}}
     made = make_run(tmp_path / "run", [None] * 3, clients=lists, plan={"clients": clients}, baselines=told)
     page = write_report(made.folder).with_suffix(".md").read_text()
     assert f"are judged alike, by {said} together. A baseline trains without the proximal term, for 1 round, as" in page
-    assert f"Judged by {said} together, federation helped" in page
+    assert f"Judged by {said} together ({11 * scored} documents), federation helped" in page
 
 
 @pytest.mark.long
@@ -247,3 +247,12 @@ def test_what_is_said(baselines: dict[str, Any], said: str | None, tmp_path: Pat
     assert found is None if said is None else said in str(found)
     page = write_report(made.folder)
     assert ("Did federation help?" in page.read_text()) == bool(baselines)
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"), [(20, "federation helped"), (19, "nobody can tell if federation helped, which takes 20")]
+)
+def test_of_few_documents_there_is_no_verdict(documents: int, said: str, tmp_path: Path) -> None:
+    told = {"local": {"2": {"losses": [3.0, 2.007], "tokens": 5}}}
+    made = make_run(tmp_path / "run", [3.0, 2.0], plan={"central_documents": documents}, baselines=told)
+    assert f"({documents} documents), {said}: its best loss is 0.0070 nats" in str(did_it_help(made))

@@ -3,19 +3,25 @@
 import re
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 import typer
+from peft import LoraConfig, get_peft_model
 from support.marks import first
-from support.tiny import make_recipe
+from support.tiny import make_recipe, write_tiny_gguf
 
 from fedloom.cli import app
 from fedloom.evaluation.measures import share
+from fedloom.experiment.building import load_base
 from fedloom.experiment.run import plan
 from fedloom.model.gguf_layout import ARCHITECTURES
+from fedloom.model.source import gguf_arguments, open_model
 from fedloom.recipe.recipe import Recipe
-from fedloom.records.card import GGUF_KINDS, HERE, describe_tasks, put_tasks, without_tasks, write_card
+from fedloom.records.card import BASE, GGUF_KINDS, HERE, describe_tasks, put_tasks, without_tasks, write_card
 
 COMMIT = "a" * 40
 
@@ -101,6 +107,36 @@ def test_what_a_program_can_not_load_as_an_adapter_is_merged_first(
     for line in found["Ollama"] + found["vLLM"]:
         if line.startswith("fedloom export "):
             assert {word for word in line.split() if word.startswith("--")} <= options
+
+
+def save_adapter(base: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """Save an adapter that changes what a base says, and return both."""
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # transformers' own, of a packed file
+@pytest.mark.parametrize("source", ["package:a_base/tiny.gguf", "package:a_base/unpacked", "local: tiny.gguf",
+                                    "local: unpacked", "random:tiny-llama"])  # fmt: skip
+def test_the_lines_for_peft_open_an_adapter_whose_base_is_on_no_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, words = tmp_path / "a_base", torch.tensor([[3, 4, 5]])
+    home.mkdir()
+    (home / "__init__.py").write_text("raise ImportError('it lies there, and lacks what it needs')")
+    base = load_base(make_recipe(), open_model(source)) if source.startswith("random:") else None
+    if base is None:
+        file = write_tiny_gguf(home / "tiny.gguf", "Q8_0")
+        base = transformers.AutoModelForCausalLM.from_pretrained(**gguf_arguments(file))
+        base.save_pretrained(home / "unpacked")
+    expected = save_adapter(base, tmp_path / "adapter")(words).logits
+    monkeypatch.syspath_prepend(tmp_path)
+    card = write_card(make_recipe(), replace(plan(make_recipe()), model=source, model_revision="sha256"), None)
+    lines = "\n".join(uses(card)["PEFT"]).replace(HERE, str(tmp_path / "adapter"))
+    found: dict[str, Any] = {}
+    exec(lines.replace(BASE, str(home / ("unpacked" if source.endswith("unpacked") else ""))), found)
+    assert torch.equal(found["model"](words).logits, expected)
 
 
 @pytest.mark.long

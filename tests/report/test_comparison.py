@@ -33,7 +33,8 @@ def test_only_what_differs_is_shown(tmp_path: Path) -> None:
     assert unfairness([one, two], ["one", "two"]) == []
     text = to_markdown(build_comparison([one, two]))
     assert "| training.proximal_mu | 0.1 | 0.2 |" in text
-    assert "| Δ loss (0 → 1) | -0.5000 (3.0000 → 2.5000) | -0.6000 (3.0000 → 2.4000) |" in text
+    assert "| Loss, round 0 → 1 | 3.0000 → 2.5000 | 3.0000 → 2.4000 |" in text
+    assert "| Δ loss (0 → 1) | -0.5000 | -0.6000 |" in text
 
 
 def test_the_title_is_short_and_the_names_are_below(tmp_path: Path) -> None:
@@ -63,7 +64,8 @@ def test_the_change_is_over_the_rounds_they_share(tmp_path: Path) -> None:
     long = make_run(tmp_path / "long", [3.0, 2.5, 2.2, 2.0], name="long")
     short = make_run(tmp_path / "short", [3.0, 2.6], name="short")
     text = to_markdown(build_comparison([long, short]))
-    assert "| Δ loss (0 → 1) | -0.5000 (3.0000 → 2.5000) | -0.4000 (3.0000 → 2.6000) |" in text
+    assert "| Loss, round 0 → 1 | 3.0000 → 2.5000 | 3.0000 → 2.6000 |" in text
+    assert "| Δ loss (0 → 1) | -0.5000 | -0.4000 |" in text
     assert "| Last loss | 2.0000 in round 3 | 2.6000 in round 1 |" in text
 
 
@@ -279,3 +281,10 @@ def test_a_sweeps_folder_stands_for_its_finished_runs(tmp_path: Path) -> None:
     (tmp_path / "sweep" / "sweep.json").write_text('{"b": {}, "a": {}, "c": {}, "d": {}}')
     assert runs_in(tmp_path / "sweep") == [tmp_path / "sweep" / "b", tmp_path / "sweep" / "a"]
     assert write_comparison([tmp_path / "sweep"], tmp_path / "out").is_file()
+
+
+def test_a_heading_may_break_within_the_name_of_a_run_and_is_escaped(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"rounds={rounds}_rate=<i>", [3.0, 2.0]) for rounds in (2, 4)]
+    page = write_comparison([run.folder for run in runs], tmp_path).read_text()
+    assert "<th>rounds=<wbr>2_<wbr>rate=<wbr>&lt;i&gt;</th>" in page
+    assert "<wbr>" not in (tmp_path / "comparison.md").read_text()

@@ -25,8 +25,9 @@ const plots = [...document.querySelectorAll('figure svg')].map(svg => {
   });
   return {width: box.width, height: box.height, drawn, text: svg.querySelectorAll('text').length};
 });
+const scrolls = [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).length;
 const ink = getComputedStyle(document.body).color, paper = getComputedStyle(document.body).backgroundColor;
-document.title = 'PROBE' + JSON.stringify({plots, ink, paper, wide: wide.map(e => e.className || e.tagName)});
+document.title = 'PROBE' + JSON.stringify({plots, ink, paper, scrolls, wide: wide.map(e => e.className || e.tagName)});
 </script></body>"""
 
 pytestmark = [pytest.mark.draws, pytest.mark.skipif(BROWSER is None, reason="needs Chromium")]
@@ -69,6 +70,14 @@ def test_every_plot_is_drawn_and_nothing_sticks_out(pages: list[Path], tmp_path:
             assert plot["width"] > 250
             assert plot["height"] > 100
             assert plot["text"] >= 6, "axes with numbers and names"
+
+
+@pytest.mark.long
+def test_four_runs_with_the_names_of_a_sweep_fit_beside_one_another(tmp_path: Path) -> None:
+    names = [f"rounds={rounds}_learning_rate={rate}_proximal_mu=0.01" for rounds in (10, 20) for rate in (0.001, 0.01)]
+    runs = [make_run(tmp_path / name, [5.5884, 5.5, 5.4], baselines={"round0": {"losses": [5.5]}}) for name in names]
+    page = write_comparison([run.folder for run in runs], tmp_path)
+    assert look(page, tmp_path, "--window-size=1280,900")["scrolls"] == 0
 
 
 @pytest.mark.long

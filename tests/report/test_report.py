@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from support.made_runs import make_run
@@ -19,13 +19,15 @@ from support.tiny import make_recipe
 from fedloom import run
 from fedloom.errors import RunError
 from fedloom.monitoring.observer import Observer
+from fedloom.recipe.sections import Federation
 from fedloom.records.privacy import explain_noise
 from fedloom.records.run import Run, overfitting_onset, read_run
 from fedloom.report import figures
 from fedloom.report.document import to_markdown
 from fedloom.report.figures import client_work, reach, roughness
-from fedloom.report.plots import Plot, draw
+from fedloom.report.plots import Line, Plot, draw
 from fedloom.report.run_report import build_report, load_reference, write_report
+from fedloom.report.setup_section import LORA_RULES
 
 pytestmark = pytest.mark.draws
 
@@ -250,6 +252,18 @@ def test_clients_with_parts_of_their_own_are_said_to_be_scored_with_them(rule: s
     assert f"adapter from the global one at the end of the round{own}, mean over clients." in text
 
 
+@pytest.mark.parametrize("rule", get_args(Federation.model_fields["lora_rule"].annotation))
+def test_the_setup_says_in_words_what_becomes_of_loras_factors(rule: str, tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0], federation={"lora_rule": rule})
+    text = write_report(made.folder).with_suffix(".md").read_text()
+    assert f"; {LORA_RULES[rule]} ({rule}) |" in text
+
+
+def test_the_setup_says_nothing_of_factors_where_there_are_none(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run", [3.0], adapter={"method": "full", "rank": None, "alpha": None})
+    assert "LoRA's" not in write_report(made.folder).with_suffix(".md").read_text()
+
+
 def test_the_published_trajectory_is_laid_over(tmp_path: Path) -> None:
     made = make_run(tmp_path / "run", [3.0, 2.5])
     write_report(made.folder, reference="experiment")
@@ -281,6 +295,16 @@ def test_the_best_round_and_the_onset_are_marked(tmp_path: Path) -> None:
     assert "overfitting" not in draw(
         next(figure for figure in build_report(falling).figures if figure.name == "loss").plot
     )
+
+
+def test_marks_of_many_rounds_do_not_hide_the_dashes_that_tell_lines_apart() -> None:
+    def draw_rounds(number: int, *, joined: bool = True) -> int:
+        lines = [Line(name, range(number), range(number), joined=joined) for name in ("one", "two")]
+        return draw(Plot(lines, x_label="round", y_label="loss")).count("<use")
+
+    assert draw_rounds(40) > 2 * 40
+    assert draw_rounds(41) < 41, "ticks alone"
+    assert draw_rounds(41, joined=False) > 2 * 41, "points without a line are all there is"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,19 @@ def test_a_row_has_what_is_on_record_of_its_client(tmp_path: Path) -> None:
     run = made(tmp_path / "run", baselines=ALONE, personalised=OWN)
     worth = worth_of(run)
     assert (worth[0].before, worth[0].alone, worth[0].together, worth[0].personalised) == (3.0, 1.8, 1.6, 1.2)
-    assert worth[0].gain == pytest.approx(0.6)
+    assert (worth[0].gain, worth[0].went_on) == (pytest.approx(0.2), pytest.approx(0.4))
     assert (worth[1].together, worth[1].personalised) == (1.4, None)
     assert worth[1].gain == pytest.approx(-0.1)
     write_report(run.folder)
     text = (run.folder / "report.md").read_text()
-    assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | 1.2000 | +0.6000 |" in text
+    assert "| client 0 | 3.0000 | 1.8000 | 1.6000 | 1.2000 | +0.2000 |" in text
     assert "| client 1 | 3.1000 | 1.3000 | 1.4000 |  | -0.1000 |" in text
     assert (
-        "Judged by each client's own hold-out, of 3 clients 1 did better by taking part than alone, 1 did worse, with 1"
-        " the two are alike." in text
+        "Judged by each client's own hold-out (2 documents), of 3 clients 1 has a lower loss by taking part than alone,"
+        " 1 a higher one, with 1 the two are alike. When they had gone on by themselves, of 1 client 1 has a lower loss"
+        " than before. Fewer than 20 documents, as each of them has, are too few to tell that from chance." in text
     )
+    assert "beats the one that it trained alone. What going on by itself brought is not in it" in text
     assert "Alone, a client trained as long as it did in the federation. By itself afterwards, it trained" in text
     assert "own texts is 22.1 % more likely than with the one that it trained alone; when it has gone on by" in text
     assert "when it has gone on by itself, it is 49.2 % more likely than before." in text
@@ -71,17 +74,39 @@ def test_only_what_the_table_and_the_sentences_tell_apart_is_better_or_worse(tmp
     text = write_report(run.folder).with_suffix(".md").read_text()
     assert "| client 0 | 3.0000 | 1.6000 | 1.6000 | +0.0000 |" in text
     assert text.count("is as likely as with the one that it trained alone") == 2
-    assert "of 3 clients 1 did better by taking part than alone, with 2 the two are alike." in text
-    assert "did worse" not in text
+    assert "of 3 clients 1 has a lower loss by taking part than alone, with 2 the two are alike." in text
+    assert "a higher one" not in text
 
 
 def test_each_verdict_names_the_hold_out_that_it_is_by(tmp_path: Path) -> None:
     alone = {str(client): {"losses": [3.0, 1.4], "tokens": 9, "own_loss": 2.0} for client in range(3)}
     run = made(tmp_path / "run", baselines={"local": alone})
     text = write_report(run.folder).with_suffix(".md").read_text()
-    assert "Judged by each client's own hold-out, of 3 clients 3 did better by taking part than alone." in text
-    assert "Judged by the central hold-out, federation did not help: client 0 alone is 0.1000 nats a token" in text
+    assert "own hold-out (2 documents), of 3 clients 3 have a lower loss by taking part than alone." in text
+    assert (
+        "Judged by the central hold-out (24 documents), federation did not help: client 0 alone is 0.1000 nats a token"
+        in text
+    )
     assert "are judged alike, by the central hold-out. A baseline trains without the proximal term, for 1 round" in text
+
+
+@pytest.mark.parametrize(
+    ("held", "each", "few"),
+    [
+        ((20, 24, 90), "20 to 90 documents", ""),
+        ((2, 24, 90), "2 to 90 documents", " Fewer than 20 documents, as 1 of them has, are too few to tell"),
+        ((2, 3, 90), "2 to 90 documents", " Fewer than 20 documents, as 2 of them have, are too few to tell"),
+    ],
+)
+def test_few_documents_are_too_few_to_tell(held: Sequence[int], each: str, few: str, tmp_path: Path) -> None:
+    clients = [{"train_documents": 10, "holdout_documents": number} for number in held]
+    run = make_run(tmp_path / "run", [3.0, 2.0], clients=[[3.0, 2.0]] * 3, plan={"clients": clients}, baselines=ALONE)
+    text = write_report(run.folder).with_suffix(".md").read_text()
+    assert (
+        f"own hold-out ({each}), of 3 clients 0 have a lower loss by taking part than alone, 3 a higher one.{few}"
+        in text
+    )
+    assert bool(few) == ("too few" in text)
 
 
 def test_without_baselines_there_is_no_verdict(tmp_path: Path) -> None:
@@ -89,7 +114,7 @@ def test_without_baselines_there_is_no_verdict(tmp_path: Path) -> None:
     write_report(run.folder)
     text = (run.folder / "report.md").read_text()
     assert "| client 0 | 3.0000 | 1.6000 | 1.2000 |" in text
-    assert "did better" not in text
+    assert "a lower loss by" not in text
     assert "By itself afterwards, it trained" in text
     assert "Alone, a client" not in text, "explained, and not in the table"
     assert "Client 0: when it has gone on by itself, the right next word of its own texts is 49.2 % more likely" in text
@@ -111,6 +136,7 @@ def test_what_a_client_brings_is_told_beside_what_it_has(tmp_path: Path) -> None
     assert "| client 2 | 2.9000 | 1.5000 | 1.5000 | +0.0000 |  |  |" in text
     assert "without it, the right next word of the texts held out for all is 39.3 % less likely than with it" in text
     assert "without it, the right next word of the texts held out for all is 28.4 % more likely than with it" in text
+    assert "by how much the loss falls on the 24 documents that were held out for all" in text
     assert "8 orders were drawn" in text
     assert "The federation of 0, 1 failed: round 1: the loss is nan" in text
 
@@ -149,8 +175,9 @@ def test_losses_in_words(nats: float, said: str) -> None:
     assert likelier(nats) == said
 
 
-def test_a_gain_is_that_of_the_better_adapter() -> None:
+def test_a_gain_is_that_of_taking_part_and_not_of_more_passes() -> None:
     assert Worth(alone=1.7, together=1.6, personalised=1.8).gain == pytest.approx(0.1)
-    assert Worth(alone=1.7, together=1.6, personalised=1.5).gain == pytest.approx(0.2)
-    assert Worth(alone=1.7, personalised=1.5).gain == pytest.approx(0.2)
+    assert Worth(alone=1.7, together=1.8, personalised=1.5).gain == pytest.approx(-0.1)
+    assert Worth(alone=1.7, together=1.8, personalised=1.5).went_on == pytest.approx(0.3)
+    assert Worth(alone=1.7, personalised=1.5).gain is Worth(alone=1.7, personalised=1.5).went_on is None
     assert Worth(alone=1.7).gain is Worth(together=1.7).gain is None

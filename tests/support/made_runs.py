@@ -93,7 +93,7 @@ def make_run(
             "payload_bytes": 1000,
             "data": "some documents",
             "data_revision": "a digest",
-            "central_documents": 6,
+            "central_documents": 24,
             "central_tokens": 190,
             "clients": [{"train_documents": 10, "holdout_documents": 2}] * number,
             "clients_per_round": number,

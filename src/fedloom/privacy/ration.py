@@ -57,7 +57,8 @@ class Terms:
     def noise_over_signal(self, parameters: int, rounds: int, clients: int) -> float:
         """Return how large the noise left in the mean of all clients is beside what they can move together.
 
-        A rule of thumb: σ √P / (B √(T K)). Below 0.2 a run is worth trying; above 1 it learns noise.
+        A rule of thumb: σ √P / (B √(T K)). Below 0.2 a run is worth trying; above 1 noise moves more than
+        training can at most, in all directions alike, and the loss may fall all the same.
         """
         steps = rounds * self.steps * clients
         return self.noise_multiplier * math.sqrt(parameters) / (self.batch * math.sqrt(steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ BEHIND = re.compile(r"^## (?:Privacy|Use|Recipe)$", re.MULTILINE)
 """Heading that comes behind it; cards of earlier versions lack some."""
 HERE = "PATH-OF-THIS-FOLDER"
 """Words of a card for where the adapter lies, until it lies somewhere that has a name."""
+BASE = "FOLDER-OF-THE-BASE-MODEL"
+"""Words of a card for where a base model lies that came from the machine of the run."""
 SHARED_ALONE = (
     "What is here is A, which all clients share; B is as it began, and changes nothing. Each client has a B of its own"
     " on its own machine, and a whole adapter with it: the figures are those of these."
@@ -205,7 +208,7 @@ def write_own_card(recipe: Recipe, revision: str, origin: str, loss: float | Non
         f"{_describe(recipe.adapter)} {shown} ({to_markdown_text(revision)}). {origin}",
         f"It was made on its owner's machine and was sent to nobody. {ITS_OWNERS}",
         _tabulate(known),
-        f"## Use\n\n{_load(shown, whole=whole, on_a_hub=on_a_hub)}",
+        f"## Use\n\n{_load(model, whole=whole, on_a_hub=on_a_hub)}",
     ]
     return f"---\n{head}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n"
 
@@ -266,10 +269,10 @@ def _count_documents(plan: Plan) -> str:
 
 
 def _how_to_use(recipe: Recipe, model: str, commit: str | None, owner: Owner | None) -> str:
-    """Say in three lines each how PEFT, or transformers, Ollama and vLLM use it; `commit` is of a base on a hub."""
+    """Say in a few lines each how PEFT, or transformers, Ollama and vLLM use it; `commit` is of a base on a hub."""
     method = recipe.adapter.method
     whole = method == "full"
-    parts = {"transformers" if whole else "PEFT": _load(to_markdown_text(model), whole=whole, on_a_hub=bool(commit))}
+    parts = {"transformers" if whole else "PEFT": _load(model, whole=whole, on_a_hub=bool(commit))}
     # A trained prompt sits on no layers, and can be merged into none.
     if whole or METHODS[method].targets:
         merged = "" if whole or recipe.adapter.is_plain_lora else " --merged"
@@ -286,11 +289,31 @@ def _how_to_use(recipe: Recipe, model: str, commit: str | None, owner: Owner | N
 def _load(model: str, *, whole: bool, on_a_hub: bool) -> str:
     if whole or on_a_hub:
         library, kind = ("transformers", "AutoModelForCausalLM") if whole else ("peft", "AutoPeftModelForCausalLM")
-        return f'```python\nfrom {library} import {kind}\n\nmodel = {kind}.from_pretrained("{HERE}")\n```'
-    return (
-        f"```python\n# model: {model}, loaded with transformers\nfrom peft import PeftModel\n\n"
-        f'model = PeftModel.from_pretrained(model, "{HERE}")\n```'
-    )
+        return to_markdown_code(f'from {library} import {kind}\n\nmodel = {kind}.from_pretrained("{HERE}")', "python")
+    imports, lines = _load_base(model)
+    lines = [*imports, "from peft import PeftModel", "", *lines, f'model = PeftModel.from_pretrained(model, "{HERE}")']
+    return to_markdown_code("\n".join(lines), "python")
+
+
+def _load_base(model: str) -> tuple[list[str], list[str]]:
+    """Return what to import and to type for a base model that is on no hub, where PEFT can't find it by its name."""
+    kind, _, rest = model.partition(":")
+    if kind == "random":
+        imports = ["torch", "fedloom.model.loading load_model", "fedloom.model.source open_model"]
+        lines = [f'model = load_model(open_model({_quote(model)}), dtype="float32", device=torch.device("cpu"))']
+    else:
+        package, _, inside = rest.partition("/") if kind == "package" else ("", "", rest.strip())
+        found = f"find_spec({_quote(package)}).submodule_search_locations[0]" if package else _quote(BASE)
+        file = f", gguf_file={_quote(inside)}" if inside.endswith(".gguf") else ""
+        file = file or (f", subfolder={_quote(inside)}" if package and inside else "")
+        imports = [*(["importlib.util find_spec"] if package else []), "transformers AutoModelForCausalLM"]
+        lines = [f"folder = {found}", f"model = AutoModelForCausalLM.from_pretrained(folder{file})"]
+    return [f"from {one.replace(' ', ' import ')}" if " " in one else f"import {one}" for one in imports], lines
+
+
+def _quote(text: str) -> str:
+    """Write a text as Python does, with nothing in it that ends a line."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _serve(recipe: Recipe, model: str, commit: str | None, whose: str) -> str:

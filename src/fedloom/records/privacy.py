@@ -19,7 +19,7 @@ NO_BOUND = (
 )
 CENTRAL = "the server is trusted, and sees every update as it is"
 WORTH, NOISE_ALONE = 0.2, 1.0
-"""Noise over signal below which a private run is worth trying, and above which it learns noise: a rule of thumb."""
+"""Noise over signal below which a private run is worth trying, and above which noise moves more: a rule of thumb."""
 
 
 def count_units(unit: str, number: int) -> str:
@@ -85,11 +85,16 @@ def explain_copies(privacy: Mapping[str, Any]) -> str:
 def explain_noise(privacy: Mapping[str, Any]) -> str:
     """Say in a line how that is kept, and whether there is anything left to learn."""
     share = privacy["noise_over_signal"]
-    verdict = "worth trying" if share < WORTH else "lost in noise" if share > NOISE_ALONE else "on the border"
+    if share < WORTH:
+        verdict = "worth trying"
+    elif share > NOISE_ALONE:
+        verdict = "noise moves more than training can, so most of what is learnt may be lost in it"
+    else:
+        verdict = "some of what is learnt may be lost in it"
     how = _explain_rounds(privacy) if "central" in privacy else _explain_steps(privacy)
     return (
-        f"{how}; noise over signal after the run {share:.2g}, {verdict}"
-        f" (below {WORTH:g} it may learn, above {NOISE_ALONE:g} it learns noise)"
+        f"{how}; noise over signal after the run {share:.2g}: {verdict} (a rule of thumb, with bounds at {WORTH:g}"
+        f" and {NOISE_ALONE:g}; the held-out loss tells what was learnt)"
     )
 
 

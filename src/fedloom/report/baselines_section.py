@@ -8,7 +8,16 @@ from typing import NamedTuple
 
 from fedloom.records.run import Run
 from fedloom.report.document import Block, Figure, Table, Text
-from fedloom.report.figures import are_alike, completed, count_rounds, describe_judge, judged_series, series
+from fedloom.report.figures import (
+    ENOUGH,
+    are_alike,
+    completed,
+    count_judges,
+    count_rounds,
+    describe_judge,
+    judged_series,
+    series,
+)
 from fedloom.report.plots import Line, Plot
 from fedloom.text import count
 
@@ -106,7 +115,7 @@ def _spread_over(rounds: int, own: int) -> list[float]:
 def did_it_help(run: Run) -> str | None:
     """Say if the federation's best adapter is better than the best that a client trains alone.
 
-    Return None for a run without such baselines.
+    Of too few documents there is no verdict, only losses. Return None for a run without such baselines.
     """
     things = list_trained(run)
     single = select_alone(things)
@@ -114,13 +123,16 @@ def did_it_help(run: Run) -> str | None:
         return None
     ours, best = min(things[0].losses), min(single, key=lambda thing: min(thing.losses))
     gap = min(best.losses) - ours
-    judged = f"Judged by {describe_judge(run)}, federation"
     if are_alike(gap):
-        text = f"{judged} made no difference: the best loss of {best.name} is as low as its own"
+        said, why = "federation made no difference", f"the best loss of {best.name} is as low as its own"
     elif gap > 0:
-        text = f"{judged} helped: its best loss is {gap:.4f} nats a token below that of {best.name}, the best client"
+        said = "federation helped"
+        why = f"its best loss is {gap:.4f} nats a token below that of {best.name}, the best client"
     else:
-        text = f"{judged} did not help: {best.name} is {-gap:.4f} nats a token below its best loss"
+        said, why = "federation did not help", f"{best.name} is {-gap:.4f} nats a token below its best loss"
+    if (judges := count_judges(run)) < ENOUGH:
+        said = f"nobody can tell if federation helped, which takes {ENOUGH}"
+    text = f"Judged by {describe_judge(run)} ({count(judges, 'document')}), {said}: {why}"
     pooled = [thing for thing in things if thing.name == "all documents together"]
     if not pooled:
         return text + "."

@@ -238,10 +238,8 @@ def _losses(runs: Sequence[Run], names: Sequence[str], groups: Mapping[str, Sequ
     by_round = [dict(zip(rounds, losses, strict=True)) for _, rounds, losses in curves]
     rows = [
         ["Judged by", *(name for name, _, _ in curves)],
-        [
-            f"Δ loss ({first} → {last})",
-            *(f"{of[last] - of[first]:+.4f} ({of[first]:.4f} → {of[last]:.4f})" for of in by_round),
-        ],
+        [f"Loss, round {first} → {last}", *(f"{of[first]:.4f} → {of[last]:.4f}" for of in by_round)],
+        [f"Δ loss ({first} → {last})", *(f"{of[last] - of[first]:+.4f}" for of in by_round)],
         [
             "Best loss",
             *(f"{min(losses):.4f} in round {rounds[losses.index(min(losses))]}" for _, rounds, losses in curves),

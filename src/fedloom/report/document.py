@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -104,7 +105,14 @@ def to_html(document: Document, drawn: Mapping[str, str]) -> str:
         return isinstance(block, kinds[kind])
 
     environment.tests["a"] = is_a
+    environment.filters["breakable"] = _break_names
     return environment.from_string(template).render(document=document, drawn=drawn)
+
+
+def _break_names(heading: str) -> markupsafe.Markup:
+    """Let a heading break within the name of a run (`rounds=2_learning_rate=1e-3`), and be copied as it is."""
+    shown = str(markupsafe.escape(show_controls(heading)))
+    return markupsafe.Markup(re.sub("([_=])", r"\1<wbr>", shown))
 
 
 def _finalize(value: object) -> object:

@@ -19,6 +19,8 @@ from fedloom.text import count
 
 SAME = 1.0005
 """Ratio of two probabilities below which they are called the same."""
+ENOUGH = 20
+"""Documents from which on a verdict is given: by a sign test at 5 %, 15 of 20 are beyond a coin's, 12 of 16 are not."""
 PHASES = {"training": "train_seconds", "aggregation": "aggregate_seconds", "evaluation": "evaluate_seconds"}
 """Phases of a round, with the key of their seconds in its record."""
 SHARED_PASS = "Trained in one pass with other runs: of its time each has an equal part."
@@ -86,6 +88,14 @@ def describe_judge(run: Run) -> str:
     able = sum(client.get("holdout_tokens", 0) > 0 for client in run.plan["clients"])
     whose = "all clients' hold-outs" if len(scored) >= able else f"the hold-outs of {len(scored)} of {able} clients"
     return f"how the middle one of {whose} moves" if judges_by_the_middle(run) else f"{whose} together"
+
+
+def count_judges(run: Run) -> int:
+    """Return the number of documents that decide which adapter is the best."""
+    if judged_series(run)[0] == "central":
+        return int(run.plan["central_documents"])
+    scored = {client for record in run.rounds for client in record.get("client_losses", {})}
+    return sum(run.plan["clients"][int(client)]["holdout_documents"] for client in scored)
 
 
 def count_rounds(run: Run) -> dict[int, int]:

@@ -28,6 +28,8 @@ LONGEST_NAME = 60
 """Characters of a name in the legend."""
 WIDEST_TICKS = 80
 """Characters of all names below an axis that stand beside one another; where there are more, they slope."""
+MOST_MARKED = 40
+"""Points of a line that are marked: with more, the marks would hide its dashes."""
 MOST_NAMES = 6
 """Names in a legend: more would leave no room for the plot."""
 
@@ -126,7 +128,8 @@ def _draw_lines(plot: Plot, axes: Any) -> None:
         number = strong.index(line) if not line.faint else plot.lines.index(line)
         color, dash = PALETTE[number % len(PALETTE)], DASHES[number % len(DASHES)]
         style: dict[str, Any] = {"color": color, "linestyle": dash, "label": _label(line.name)}
-        style |= {"linewidth": 1.2, "alpha": 0.7} if line.faint else {"linewidth": 2.2, "marker": "o", "markersize": 4}
+        style |= {"linewidth": 1.2, "alpha": 0.7} if line.faint else {"linewidth": 2.2}
+        style |= {} if line.faint or len(line.x) > MOST_MARKED else {"marker": "o", "markersize": 4}
         style |= {} if line.joined else {"linestyle": "none", "marker": "o", "markersize": 4 if line.faint else 7}
         axes.plot(line.x, line.y, **style)
         if line.low and not line.joined:

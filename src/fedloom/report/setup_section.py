@@ -13,6 +13,15 @@ from fedloom.text import count, format_bytes, format_seconds, format_trainable, 
 
 STATES = {"running": "still running", "done": "done", "failed": "failed", "interrupted": "interrupted"}
 """States in status.json, and how pages word them."""
+LORA_RULES = {
+    "factors": "LoRA's A and B each averaged by itself",
+    "ffa": "LoRA's A stays as it began, B alone is trained and averaged",
+    "rolora": "LoRA's B is trained and averaged in odd rounds, A in even ones",
+    "fedsa": "LoRA's A averaged, each client keeps a B of its own",
+    "svd": "LoRA's A and B made anew of the mean of clients' products, the best that their rank can hold",
+    "fedex": "LoRA's A and B each averaged by itself, and what that leaves out of the products added to the model",
+}
+"""Words of what becomes of LoRA's two factors, by `federation.lora_rule`."""
 NAMED = 30
 """Clients elsewhere whose names are shown."""
 
@@ -37,7 +46,7 @@ def show_setup(run: Run, state: str) -> list[Block]:
         "Block": f"{data['max_length']} tokens, {data['window']};"
         f" padding {'counted' if data['pad_in_loss'] else 'not counted'}",
         "Objective": _objective(training),
-        "Strategy": f"{_strategy(run)}; LoRA's factors: {recipe['federation'].get('lora_rule', 'factors')}",
+        "Strategy": _strategy(run) + _factors(recipe),
         "Epochs per client": _epochs(training),
         "Learning rate": f"{_rate(training)}; {_optimizer(training)}",
         "Batch size": f"{_batch(training)} (train), {recipe['evaluation']['batch_size']} (evaluation)",
@@ -87,6 +96,12 @@ def _strategy(run: Run) -> str:
     if strategy["kind"] in UNWEIGHTED:
         return f"{strategy['kind']}, every client with the same weight"
     return f"{strategy['kind']}, weighted by {strategy['weight_by']}"
+
+
+def _factors(recipe: Record) -> str:
+    """Say what becomes of LoRA's two factors; nothing of an adapter that has none."""
+    rule = recipe["federation"].get("lora_rule", "factors")
+    return f"; {LORA_RULES[rule]} ({rule})" if recipe["adapter"]["method"] == "lora" else ""
 
 
 def _epochs(training: Record) -> str:

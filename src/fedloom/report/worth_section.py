@@ -38,9 +38,16 @@ class Worth:
 
     @property
     def gain(self) -> float | None:
-        """Nats per token by which the better of the two adapters that it may use beats its own; None: not known."""
-        shared = [loss for loss in (self.together, self.personalised) if loss is not None]
-        return None if self.alone is None or not shared else self.alone - min(shared)
+        """Nats per token by which the global adapter beats the client's own; None: not known.
+
+        What going on by itself brought is no part of it: a client alone did not train that much longer.
+        """
+        return None if self.alone is None or self.together is None else self.alone - self.together
+
+    @property
+    def went_on(self) -> float | None:
+        """Nats per token by which the loss fell as the client went on by itself; None: not known."""
+        return None if self.together is None or self.personalised is None else self.together - self.personalised
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def show_worth(run: Run) -> list[Block]:
         *([Text(_explain_brought(run, central=central))] if "brings" in known else []),
         *([Text(_explain_shapley(run.contributions))] if "shapley" in known else []),
         Table(["Client", *(COLUMNS[key].title for key in known)], rows),
-        *([Text(verdict)] if (verdict := _decide(list(found.values()))) else []),
+        *([Text(verdict)] if (verdict := _decide(run, found)) else []),
         *([Bullets(sentences)] if sentences else []),
     ]
 
@@ -130,7 +137,9 @@ _OWN: Mapping[str, Callable[[Run], str]] = {
     "alone": _explain_alone,
     "personalised": lambda run: "By itself afterwards, it trained on top of the federation's rounds.",
     "gain": lambda run: (
-        "Its gain is by how much the better of what it has together beats the adapter that it trained alone."
+        "Its gain is by how much the shared adapter beats the one that it trained alone."
+        + " What going on by itself brought is not in it: alone, no client trained that much longer."
+        * any("loss" in told for told in run.personalised.get("clients", {}).values())
     ),
 }
 """Explanation of a client's own losses, by the column that it explains."""
@@ -143,7 +152,7 @@ _OWN_PART = (
 def _explain_brought(run: Run, *, central: bool) -> str:
     """Explain what a client brings to the others, by the documents on which that is measured."""
     if central:
-        where = "on the documents that were held out for all"
+        where = f"on the {count(run.plan['central_documents'], 'document')} that were held out for all"
     else:
         able = [client for client in run.plan["clients"] if client.get("holdout_tokens", 0)]
         scored = len(run.rounds[0].get("client_losses", {}))
@@ -225,17 +234,33 @@ def likelier(nats: float) -> str:
     return f"{times:,.1f} times as likely as" if times >= 2 else f"{100 * (times - 1):.1f} % more likely than"
 
 
-def _decide(found: Sequence[Worth]) -> str:
-    """Say for how many clients taking part was worth it; nothing where that is not known of any."""
-    gains = [gain for worth in found if (gain := worth.gain) is not None]
+def _decide(run: Run, found: Mapping[int, Worth]) -> str:
+    """Say for how many clients taking part was worth it, and apart, going on; nothing where that is not known."""
+    gains = {client: gain for client, worth in found.items() if (gain := worth.gain) is not None}
+    moved = [moved for worth in found.values() if (moved := worth.went_on) is not None]
     if not gains:
         return ""
+    held = [run.plan["clients"][client]["holdout_documents"] for client in gains]
+    least, most = min(held), max(held)
+    each = f"{least} to {count(most, 'document')}" if least < most else count(least, "document")
+    better = _count_better(list(gains.values()), "by taking part than alone")
+    text = f"Judged by each client's own hold-out ({each}), {better}."
+    if moved:
+        text += f" When they had gone on by themselves, {_count_better(moved, 'than before')}."
+    if few := sum(number < figures.ENOUGH for number in held):
+        whose = "each of them has" if few == len(held) else f"{few} of them {'has' if few == 1 else 'have'}"
+        text += f" Fewer than {figures.ENOUGH} documents, as {whose}, are too few to tell that from chance."
+    return text
+
+
+def _count_better(gains: Sequence[float], than: str) -> str:
+    """Say of how many clients the loss is lower, and of how many higher, by so many nats per token each."""
     apart = [gain for gain in gains if not figures.are_alike(gain)]
     better, alike = sum(gain > 0 for gain in apart), len(gains) - len(apart)
-    said = [f"{better} did better by taking part than alone"]
-    said += [f"{len(apart) - better} did worse"] * (better < len(apart))
+    said = [f"{better} {'has' if better == 1 else 'have'} a lower loss {than}"]
+    said += [f"{len(apart) - better} a higher one"] * (better < len(apart))
     said += [f"with {alike} the two are alike"] * (alike > 0)
-    return f"Judged by each client's own hold-out, of {count(len(gains), 'client')} {', '.join(said)}."
+    return f"of {count(len(gains), 'client')} {', '.join(said)}"
 
 
 def _say(client: int, worth: Worth, *, central: bool) -> str:
