@@ -110,7 +110,7 @@ def write_card(
     weights = f"- Base weights: {explain_weights(plan.model_weights)}\n" if plan.model_weights else ""
     round = f"round {record['round']}" if record else "before any training"
     whose = f": client {owner.client}'s own" if owner else ""
-    came = f". {owner.origin} It comes of" if owner else ","
+    came, rounds = (f". {owner.origin} It comes of", " of the rounds") if owner else (",", "")
     text = [
         f"# {recipe.name}{whose}",
         to_markdown_text(recipe.description),
@@ -118,9 +118,9 @@ def write_card(
         f"{_describe(recipe.adapter)} {shown_model} ({revisions[0]}){came} {round} of {plan.rounds}."
         f" {'That round' if owner else 'It'} was trained by federation:"
         f" {_describe_clients(plan, 'the weights of models' if whole else 'adapters')}",
-        f"{weights}- Data: {explain_data(shown_data, revisions[1])}{_count_documents(plan)}\n"
+        f"{weights}- Data{rounds}: {explain_data(shown_data, revisions[1])}{_count_documents(plan)}\n"
         f"- Trainable parameters: {plan.trainable_share}\n"
-        f"- Objective: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
+        f"- Objective{rounds}: {f'FedProx, μ = {plan.proximal_mu:g}' if plan.proximal_mu else 'FedAvg'}\n"
         "- Licence: that of the base model and of the data; set it before you publish this",
         SHARED_ALONE if plan.shared_alone else "",
         _tabulate(known),
