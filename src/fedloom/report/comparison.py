@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from shlex import quote
 from statistics import fmean
 from typing import Any
 
@@ -35,7 +34,7 @@ from fedloom.report.run_report import LOSS_AXIS, write_document
 from fedloom.report.setup_section import STATES
 from fedloom.report.tasks_section import compare_tasks
 from fedloom.report.worth_section import show_worth_over_seeds
-from fedloom.text import format_bytes
+from fedloom.text import format_bytes, quote_path
 
 LITTLE = 0.05
 """Share by which the bytes of updates must differ before a sentence says so: less is `1.0 times`."""
@@ -94,7 +93,7 @@ def _too_few(folders: Sequence[str | Path]) -> RunError:
     for sweep in filter(is_sweep, (Path(folder).expanduser() for folder in folders)):
         finished, asked = len(runs_in(sweep)), len(list_runs(sweep))
         if finished < asked:
-            mend = f"finish them: fedloom status {quote(str(sweep))} says how; or {another}"
+            mend = f"finish them: fedloom status {quote_path(sweep)} says how; or {another}"
             return RunError(f"{what}, and {finished} of {asked} are finished", where=str(sweep), mend=mend)
     return RunError(what, where="fedloom compare", mend=another)
 
