@@ -82,12 +82,14 @@ def test_a_port_that_is_taken_is_told_with_what_leads_to_another(
     host: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(superlink, "FREE_SECONDS", 0.0)
+    said: list[tuple[str, str]] = []
     with socket.create_server(("127.0.0.1", 0)) as taken, private_folder() as folder:
         security = keys.init(tmp_path / "server", host, port := taken.getsockname()[1])
-        with closing(SuperLink(folder, port, security, lambda *_: None)) as link:
+        with closing(SuperLink(folder, port, security, lambda *words: said.append(words))) as link:
             with pytest.raises(DeploymentError, match=f"port {port} is taken") as caught:
                 link.open()
             assert mend in caught.value.mend
+    assert said == [("server", f"port {port} is taken: it is waited for, 0 s at most")]
 
 
 def test_a_local_server_has_its_kits_port_and_says_so_where_another_is_typed(

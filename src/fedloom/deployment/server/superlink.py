@@ -111,6 +111,8 @@ class SuperLink:
         """
         # A server that was killed leaves a SuperLink that is about to end: `--resume` may come before it has.
         free_by = time.monotonic() + FREE_SECONDS
+        if self._listens():
+            self._say("server", f"port {self._port} is taken: it is waited for, {FREE_SECONDS:.0f} s at most")
         while self._listens():
             self._check()
             if time.monotonic() > free_by:
