@@ -289,6 +289,8 @@ def _fill_up(
     """
     queries, keys = query.shape[2], key.shape[2]
     more_queries, more_keys = -queries % EVEN if queries > 1 else 0, -keys % EVEN
+    if not (more_queries or more_keys):
+        return query, key, value, mask  # to fill in nothing would copy them
     if more_keys and mask is None and not queries == keys > 1:  # the last query would be beside the last key filled in
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     if mask is not None:

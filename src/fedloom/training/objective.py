@@ -61,8 +61,8 @@ def find_real(targets_NT: Tensor, multiple: int = 1) -> Tensor | None:
     rest would save less than finding it costs, or where nothing counts.
     """
     needed_M = is_needed(targets_NT).flatten()
-    lacking = -int(needed_M.sum()) % multiple
-    needed_M[(~needed_M).nonzero()[:lacking, 0]] = True
+    if lacking := -int(needed_M.sum()) % multiple:
+        needed_M[(~needed_M).nonzero()[:lacking, 0]] = True
     real_R = needed_M.nonzero()[:, 0]
     return real_R if 0 < len(real_R) <= WORTH_LEAVING * targets_NT.numel() else None
 
